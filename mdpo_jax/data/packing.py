@@ -1,0 +1,150 @@
+"""Sequences into fixed rows: one `PackedBatch` an optimiser step.
+
+    row 0 | seq 1 seq 1 seq 1 seq 1 | seq 3 seq 3 | 0 0 |      segments of one micro-batch, unique
+    row 1 | seq 2 seq 2 seq 2 | seq 4 seq 4 seq 4 | 0 0 |      over its rows; 0 is padding
+
+A pair's two sides lie anywhere in one micro-batch and are addressed by their sequence slot, so no
+pair needs a row of its own.  Over-long sequences are the caller's to drop and count.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from mdpo_jax.types import MaskName, PackedBatch, Pair, Trajectory, loss_mask
+
+
+class Item(NamedTuple):
+    """One sequence to pack; all arrays are [length]."""
+
+    ids: np.ndarray
+    weights: np.ndarray
+    reference: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The fixed shape of a micro-batch: rows of row_length tokens, and slots for sequences."""
+
+    rows: int
+    row_length: int
+    sequences: int
+
+    def __post_init__(self) -> None:
+        if min(self.rows, self.row_length, self.sequences) < 1:
+            raise ValueError(f"packing layout {self}: every number must be positive")
+
+
+def item(
+    trajectory: Trajectory,
+    mask: MaskName,
+    *,
+    observations: bool = False,
+    observation_weight: float = 0.0,
+    reference: np.ndarray | None = None,
+) -> Item:
+    """A trajectory with its loss weights.
+
+    `observations` counts everything after the prompt (single-turn DPO: the whole completion is one
+    action); `observation_weight` gives observation tokens a weight of their own.
+    """
+    weights = loss_mask(trajectory.roles, mask, observations=observations).astype(np.float32)
+    if observation_weight:
+        everything = loss_mask(trajectory.roles, mask, observations=True)
+        weights = np.where(everything & (weights == 0), observation_weight, weights)
+    zeros = np.zeros(len(trajectory.ids), np.float32)
+    return Item(
+        trajectory.ids, weights.astype(np.float32), zeros if reference is None else reference
+    )
+
+
+def pair_items(pair: Pair, mask: MaskName, *, observations: bool = False) -> tuple[Item, Item]:
+    """Both sides of a pair, chosen first, with their stored reference log-probs."""
+    chosen = item(pair.chosen, mask, observations=observations, reference=pair.chosen_reference)
+    rejected = item(
+        pair.rejected, mask, observations=observations, reference=pair.rejected_reference
+    )
+    return chosen, rejected
+
+
+def pack(groups: Sequence[Sequence[Item]], layout: Layout) -> PackedBatch:
+    """Pack groups that must share a micro-batch: pairs as (chosen, rejected), or single sequences.
+
+    First fit, longest group first, into rows and then into as many micro-batches as it takes; the
+    micro-batch axis is padded to a power of two so that few shapes occur.  Raises ValueError for a
+    sequence longer than a row or a group that no empty micro-batch can hold.
+    """
+    order = sorted(range(len(groups)), key=lambda g: (-sum(len(i.ids) for i in groups[g]), g))
+    micros: list[_Micro] = []
+    for g in order:
+        if not any(micro.add(groups[g]) for micro in micros):
+            micros.append(_Micro(layout))
+            if not micros[-1].add(groups[g]):
+                lengths = [len(i.ids) for i in groups[g]]
+                raise ValueError(
+                    f"packing: sequences of {lengths} tokens do not fit into {layout.rows} rows of "
+                    f"{layout.row_length} tokens; drop them or raise train.row_length"
+                )
+    count = 1 << (max(1, len(micros)) - 1).bit_length()
+    micros += [_Micro(layout) for _ in range(count - len(micros))]
+    return PackedBatch(
+        **{
+            field.name: np.stack([getattr(micro, field.name) for micro in micros])
+            for field in dataclasses.fields(PackedBatch)
+        }
+    )
+
+
+def unpack(values: np.ndarray, batch: PackedBatch) -> dict[int, np.ndarray]:
+    """Per-token values [M R L] of a packed batch by global sequence slot (micro * S + slot)."""
+    slots = batch.sequence_mask.shape[1]
+    out = {}
+    for m in range(len(batch.tokens)):
+        rows, columns = np.nonzero(batch.segments[m])
+        segment = batch.segments[m, rows, columns]
+        for s in np.unique(segment):
+            here = segment == s
+            out[m * slots + int(s) - 1] = values[m, rows[here], columns[here]]
+    return out
+
+
+class _Micro:
+    """One micro-batch under construction."""
+
+    def __init__(self, layout: Layout):
+        shape = (layout.rows, layout.row_length)
+        self.tokens, self.segments, self.positions = (np.zeros(shape, np.int32) for _ in range(3))
+        self.weights, self.reference = (np.zeros(shape, np.float32) for _ in range(2))
+        pairs = max(1, layout.sequences // 2)
+        self.chosen, self.rejected = (np.zeros(pairs, np.int32) for _ in range(2))
+        self.pair_mask = np.zeros(pairs, np.float32)
+        self.sequence_mask = np.zeros(layout.sequences, np.float32)
+        self._used = np.zeros(layout.rows, np.int64)
+
+    def add(self, group: Sequence[Item]) -> bool:
+        """Place a whole group, or nothing and return False."""
+        used, places = self._used.copy(), []
+        for entry in group:
+            room = np.flatnonzero(used + len(entry.ids) <= self.tokens.shape[1])
+            if not len(room):
+                return False
+            places.append((int(room[0]), int(used[room[0]])))
+            used[room[0]] += len(entry.ids)
+        first = int(self.sequence_mask.sum())
+        if first + len(group) > len(self.sequence_mask):
+            return False
+        for slot, (entry, (row, start)) in enumerate(zip(group, places, strict=True), first):
+            here = (row, slice(start, start + len(entry.ids)))
+            self.tokens[here], self.segments[here] = entry.ids, slot + 1
+            self.positions[here] = np.arange(len(entry.ids))
+            self.weights[here], self.reference[here] = entry.weights, entry.reference
+            self.sequence_mask[slot] = 1
+        if len(group) == 2:
+            pair = int(self.pair_mask.sum())
+            self.chosen[pair], self.rejected[pair], self.pair_mask[pair] = first, first + 1, 1
+        self._used = used
+        return True

@@ -1,0 +1,101 @@
+"""The mesh, and the one table from logical axes to mesh axes.
+
+data    rows
+fsdp    rows, and `embed` of every weight
+tensor  heads, mlp, vocab
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from mdpo_jax.model.families import ModelConfig, nest, weight_map
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+# Logical axis -> mesh axes; an axis that is absent here is replicated.
+RULES: dict[str, tuple[str, ...]] = {
+    "rows": ("data", "fsdp"),
+    "embed": ("fsdp",),
+    "vocab": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+}
+
+
+def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """A mesh of the first data * fsdp * tensor devices, axes ("data", "fsdp", "tensor"), all Auto.
+
+    Raises ValueError if an axis is not positive or the product does not divide the device count.
+    """
+    shape = (data, fsdp, tensor)
+    for name, size in zip(MESH_AXES, shape, strict=True):
+        if size < 1:
+            raise ValueError(f"mesh.{name}: {size}; expected a positive integer")
+    size, devices = math.prod(shape), jax.devices()
+    if len(devices) % size:
+        raise ValueError(
+            f"mesh: data {data} x fsdp {fsdp} x tensor {tensor} = {size} does not divide "
+            f"the {len(devices)} devices"
+        )
+    # The first argument was renamed in jax 0.12; the default axis type is Explicit.
+    kinds = (AxisType.Auto,) * len(MESH_AXES)
+    return jax.make_mesh(shape, MESH_AXES, axis_types=kinds, devices=devices[:size])
+
+
+def partition(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
+    """The spec of an array with these logical axes, by `RULES`.
+
+    A dimension that its mesh axes do not divide is replicated: one key head over tensor=2, or an
+    odd vocabulary.
+    """
+    entries: list[tuple[str, ...] | None] = []
+    for axis, size in zip(axes, shape, strict=True):
+        over = RULES.get(axis or "", ())
+        ways = math.prod(mesh.shape[name] for name in over)
+        entries.append(over if ways > 1 and size % ways == 0 else None)
+    return PartitionSpec(*entries)
+
+
+def param_shardings(config: ModelConfig, mesh: Mesh) -> dict[str, Any]:
+    """The tree of NamedShardings of the stacked parameters.
+
+    A dimension that its mesh axis does not divide is replicated (see `partition`).
+    """
+    return nest(
+        {
+            w.path: NamedSharding(mesh, partition(w.logical_axes, w.shape(config), mesh))
+            for w in weight_map(config)
+        }
+    )
+
+
+def batch_sharding(mesh: Mesh, rows: int | None = None, leading: int = 0) -> NamedSharding:
+    """Rows over ("data", "fsdp"), all else replicated.
+
+    leading: number of axes before the rows, 1 for a [micro-batches, rows, length] batch.
+    Raises ValueError if `rows` is given and data * fsdp does not divide it.
+    """
+    data, fsdp = mesh.shape["data"], mesh.shape["fsdp"]
+    if rows is not None and rows % (data * fsdp):
+        raise ValueError(
+            f"rows: {rows} is not divisible by mesh data {data} x fsdp {fsdp} = {data * fsdp}"
+        )
+    return NamedSharding(mesh, PartitionSpec(*[None] * leading, RULES["rows"]))
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Pins an activation to the mesh of the enclosing `jax.set_mesh`; outside of one, does nothing.
+
+    Under fsdp an activation's rows and a weight's `embed` compete for one mesh axis; without this
+    the compiler may gather the rows.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition(axes, x.shape, mesh))

@@ -15,8 +15,6 @@ import numpy as np
 
 from mdpo_jax.types import Role
 
-TURN_LIMIT_NOTICE = "\nReach max function call limit."
-
 
 class ChatError(ValueError):
     """The tokenizer lacks what a chat format needs, or a conversation has no legal shape."""
@@ -81,12 +79,19 @@ class Chat:
         """Ids of the prompt, up to where the policy starts; all of role PROMPT."""
         return self._fixed["prompt_head"] + self._encode(question) + self._fixed["prompt_tail"]
 
-    def observation(self, text: str, *, ended: bool = True) -> tuple[list[int], list[int]]:
+    def observation(
+        self, text: str, *, ended: bool = True, limit: int | None = None
+    ) -> tuple[list[int], list[int]]:
         """Ids and roles that follow an action whose tool printed `text`.
 
-        `ended`: the policy emitted its end-of-turn token; where a stop string or a limit cut the
-        turn, the harness ends it, with role TEMPLATE.
+        `ended`: the policy emitted its end-of-turn token; where a stop string cut the turn, the
+        harness ends it, with role TEMPLATE.  `limit`: of a longer output only the first and the
+        last limit / 2 tokens stay, around ` ... `.
         """
+        ids = self._encode(text)
+        if limit is not None and len(ids) > limit:
+            half = max(1, limit // 2)
+            text = f"{self.decode(ids[:half])} ... {self.decode(ids[-half:])}"
         return self._splice(f"```output\n{text}\n```", ended)
 
     def messages(self, messages: Sequence[Mapping[str, str]]) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Four fake CPU devices for all tests; must be set before jax is imported, so here and by name."""
+"""Four fake CPU devices for every test; the environment must be set before jax is imported."""
 
 import os
 
@@ -6,6 +6,35 @@ flags = os.environ.get("XLA_FLAGS", "")
 if "xla_force_host_platform_device_count" not in flags:
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=4".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Un-awaited calls on fake devices can deadlock in a rendezvous on two cores.
-os.environ.setdefault("JAX_CPU_ENABLE_ASYNC_DISPATCH", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import jax  # noqa: E402
+
+# Un-awaited calls on fake devices can deadlock in a rendezvous on two cores.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def save_tokenizer():
+    """(folder, size): writes a word-level tokenizer of that many ids with a chat template."""
+
+    def save(folder, size):
+        from tokenizers import Tokenizer, models, pre_tokenizers
+        from transformers import PreTrainedTokenizerFast
+
+        special = ["<pad>", "<eos>", "<bos>", "<unk>"]
+        words = {w: i for i, w in enumerate([*special, *(f"w{i}" for i in range(4, size))])}
+        core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+        core.pre_tokenizer = pre_tokenizers.Whitespace()
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=core,
+            pad_token="<pad>",
+            eos_token="<eos>",
+            bos_token="<bos>",
+            unk_token="<unk>",
+        )
+        tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+        tokenizer.save_pretrained(folder)
+
+    return save

@@ -21,7 +21,10 @@ VOCAB = 97
 
 
 def random_model(kv_heads: int, seed: int, **sizes: int) -> GemmaForCausalLM:
-    """A float32 Gemma with every tensor random, the norms too, and logits of a few units."""
+    """A float32 Gemma with every tensor random, the norms too, and logits of about one unit.
+
+    The embedding is small beside what the layers add, else the tied head repeats its input.
+    """
     torch.manual_seed(seed)
     defaults = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "head_dim": 16}
     config = GemmaConfig(
@@ -37,8 +40,9 @@ def random_model(kv_heads: int, seed: int, **sizes: int) -> GemmaForCausalLM:
     )
     model = GemmaForCausalLM(config).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
-            spread = 0.3 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5
+        for name, parameter in model.named_parameters():
+            spread = 0.3 if parameter.ndim == 1 else 2 * parameter.shape[-1] ** -0.5
+            spread *= 0.2 if "embed" in name else 1.0
             parameter.copy_(torch.randn(parameter.shape) * spread)
     return model
 

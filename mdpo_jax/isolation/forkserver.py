@@ -1,0 +1,201 @@
+"""Workers that can always be killed: forked from a warm process, supervised from outside.
+
+    our process --socket--> zygote (warm, single-threaded) --fork--> worker, worker, ...
+         \\______________ request / response pipes __________________/
+
+Any thread may start, call and close workers.  When our process dies, by SIGKILL too, the socket
+closes and the zygote takes all workers with it.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mdpo_jax.isolation import frames, zygote
+from mdpo_jax.isolation.sandbox import Limits
+
+_MOST_RESTARTS = 3
+log = logging.getLogger(__name__)
+
+
+class ForkServerError(RuntimeError):
+    """The zygote could not be started, or died again and again."""
+
+
+class WorkerDied(Exception):
+    """A worker ended, was killed at its deadline, or answered with what is no frame.
+
+    reason: `timeout` or `killed`.
+    """
+
+    def __init__(self, reason: str):
+        super().__init__(reason)
+        self.reason = reason
+
+
+class ForkServer:
+    """Forks workers that run `target` ("module:function").
+
+    The function takes the argument given to `fork` and returns the handler that answers requests;
+    both travel as JSON.  `preload`: modules imported once, before the first fork.
+    """
+
+    def __init__(self, target: str, preload: Sequence[str] = (), limits: Limits = Limits()):
+        self._options = json.dumps(
+            {"target": target, "preload": list(preload), "limits": dataclasses.asdict(limits)}
+        )
+        self._lock = threading.RLock()
+        self._process: subprocess.Popen | None = None
+        self._channel: socket.socket | None = None
+        self._failures = 0
+        self._closed = False
+
+    def fork(self, argument: Any = None) -> Worker:
+        """A fresh worker.  Raises ForkServerError if the zygote cannot be had."""
+        with self._lock:
+            while True:
+                try:
+                    worker = self._fork(argument)
+                except (OSError, ValueError) as error:
+                    self._failed(error)
+                else:
+                    self._failures = 0
+                    return worker
+
+    def close(self) -> None:
+        """End the zygote and every worker; harmless when repeated."""
+        with self._lock:
+            self._closed = True
+            self._stop()
+
+    def __enter__(self) -> ForkServer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def pid(self) -> int | None:
+        """The zygote's process id, None before the first fork."""
+        return None if self._process is None else self._process.pid
+
+    def kill(self, pid: int) -> None:
+        """End a worker and all it started; a worker of a zygote that is gone is dead already."""
+        with self._lock, contextlib.suppress(OSError, ValueError):
+            if self._channel is not None:
+                self._ask({"do": "kill", "pid": pid})
+
+    def _fork(self, argument: Any) -> Worker:
+        if self._channel is None:
+            self._start()
+        assert self._channel is not None
+        request_read, request_write = os.pipe()
+        response_read, response_write = os.pipe()
+        try:
+            fds = array.array("i", [request_read, response_write])
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)]
+            message = json.dumps({"do": "fork", "argument": argument}).encode()
+            self._channel.sendmsg([message], rights)
+            pid = self._answer()["pid"]
+        except (OSError, ValueError):
+            os.close(request_write)
+            os.close(response_read)
+            raise
+        finally:
+            os.close(request_read)
+            os.close(response_write)
+        return Worker(self, pid, request_write, response_read)
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        assert self._channel is not None
+        self._channel.send(json.dumps(request).encode())
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._channel is not None
+        data = self._channel.recv(4096)
+        if not data:
+            raise ConnectionError("the fork server has ended")
+        return json.loads(data)
+
+    def _start(self) -> None:
+        if self._closed:
+            raise ForkServerError("fork server: already closed")
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.settimeout(60)  # importing sympy on a loaded machine takes seconds, not a minute
+        root = str(Path(__file__).parents[2])
+        command = [sys.executable, "-s", zygote.__file__, root, str(theirs.fileno()), self._options]
+        environment = {"PATH": os.environ.get("PATH", ""), "PYTHONHASHSEED": "0"}
+        with theirs:
+            self._process = subprocess.Popen(
+                command,
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                env=environment | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
+            )
+        self._channel = ours
+        self._answer()
+
+    def _stop(self) -> None:
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+        if self._process is not None:
+            try:
+                self._process.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+            self._process = None
+
+    def _failed(self, error: Exception) -> None:
+        self._failures += 1
+        self._stop()
+        if self._failures > _MOST_RESTARTS:
+            raise ForkServerError(
+                f"tool: the fork server ended {self._failures} times in a row ({error}); "
+                "is the machine out of memory or processes?"
+            )
+        log.warning("tool: the fork server has ended (%s); starting a new one", error)
+
+
+class Worker:
+    """One forked process.  Not for two threads at a time."""
+
+    def __init__(self, server: ForkServer, pid: int, request_fd: int, response_fd: int):
+        self._server, self.pid = server, pid
+        self._fds: tuple[int, int] | None = (request_fd, response_fd)
+
+    def call(self, request: Any, *, timeout: float) -> Any:
+        """The worker's answer.  Raises WorkerDied; the worker is then gone, whatever it did."""
+        if self._fds is None:
+            raise WorkerDied("killed")
+        try:
+            frames.write_frame(self._fds[0], request)
+            return frames.read_frame(self._fds[1], timeout=timeout)
+        except TimeoutError:
+            self.close()
+            raise WorkerDied("timeout") from None
+        except (OSError, frames.FrameError):
+            self.close()
+            raise WorkerDied("killed") from None
+
+    def close(self) -> None:
+        """End the process and all it started; harmless when repeated."""
+        if self._fds is not None:
+            for fd in self._fds:
+                os.close(fd)
+            self._fds = None
+            self._server.kill(self.pid)

@@ -1,10 +1,10 @@
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mdpo_jax.model.families import ModelConfig
-from mdpo_jax.model.policy import Policy, load_policy
-from mdpo_jax.model.transformer import init_params
+from mdpo_jax.model.families import ModelConfig, param_shapes
+from mdpo_jax.model.policy import Policy
 
 
 @pytest.fixture(scope="session")
@@ -15,9 +15,12 @@ def config():
 @pytest.fixture(scope="session")
 def params(config):
     """Random everywhere, the norms too."""
-    key = jax.random.key(0)
-    tree = init_params(config, key)
-    return jax.tree.map(lambda x: x + 0.1 * jax.random.normal(key, x.shape), tree)
+    rng = np.random.default_rng(0)
+
+    def draw(x):
+        return jnp.asarray(rng.normal(scale=0.2, size=x.shape), x.dtype)
+
+    return jax.tree.map(draw, param_shapes(config))
 
 
 @pytest.fixture
@@ -45,8 +48,3 @@ def policy(config, params, tmp_path_factory, save_tokenizer):
 def checkpoint(policy, tmp_path):
     """A saved folder that a test may spoil."""
     return policy.save(tmp_path / "checkpoint")
-
-
-@pytest.fixture
-def reload():
-    return load_policy

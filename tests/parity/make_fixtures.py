@@ -1,4 +1,4 @@
-"""Writes tests/parity/fixtures: small random Gemma checkpoints and what transformers computes of them.
+"""Writes tests/parity/fixtures: random Gemma checkpoints and what transformers computes of them.
 
     python tests/parity/make_fixtures.py        needs torch and transformers
 

@@ -6,7 +6,6 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from mdpo_jax.model import transformer
 from mdpo_jax.model.families import count_params, from_hf
@@ -18,6 +17,7 @@ def _read(folder):
     return config, read_params(folder, config)
 
 
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("dtype", "remat"))
 def _logits(config, params, ids, **options):
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
     hidden = transformer.hidden_states(
@@ -44,8 +44,8 @@ def test_logits_equal(frozen):
 def test_bfloat16_logits_are_near(frozen):
     folder, expected = frozen
     config, params = _read(folder)
-    got = _logits(config, params, expected["ids"], dtype=jnp.bfloat16)
-    assert np.abs(got - expected["logits"]).max() <= 0.05 * np.abs(expected["logits"]).max()
+    error = _logits(config, params, expected["ids"], dtype=jnp.bfloat16) - expected["logits"]
+    assert np.sqrt(np.mean(error**2)) <= 0.05 * expected["logits"].std()
 
 
 def test_64_greedy_tokens_equal(frozen):
@@ -65,14 +65,13 @@ def test_64_greedy_tokens_equal(frozen):
     assert found == expected["greedy"].tolist()
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
-def test_loss_and_gradient_norms_equal(frozen, by_name, remat):
+def test_loss_and_gradient_norms_equal(frozen, by_name):
     folder, expected = frozen
     config, params = _read(folder)
     ids = expected["ids"]
 
     def loss(params):
-        log_probs = jax.nn.log_softmax(_logits(config, params, ids, remat=remat)[:, :-1])
+        log_probs = jax.nn.log_softmax(_logits(config, params, ids, remat="full")[:, :-1])
         return -jnp.take_along_axis(log_probs, ids[:, 1:, None], -1).mean()
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(params)

@@ -1,0 +1,159 @@
+"""What the stages of one run share: model shape, tokenizer, chat, tool, grader, compiled programs."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mdpo_jax.chat import Chat
+from mdpo_jax.config import Config
+from mdpo_jax.data import synthetic
+from mdpo_jax.data.packing import Layout
+from mdpo_jax.environment.interpreter import PythonInterpreter
+from mdpo_jax.environment.noisy import NoisyTool
+from mdpo_jax.environment.tool import Tool
+from mdpo_jax.grading.verdict import Grader
+from mdpo_jax.model import sharding, transformer
+from mdpo_jax.model.families import ModelConfig
+from mdpo_jax.model.policy import Policy, load_policy
+from mdpo_jax.pipeline.files import stage
+from mdpo_jax.rollout.engine import Engine, Limits
+from mdpo_jax.rollout.sampler import Sampler, Shapes
+from mdpo_jax.training import checkpoint
+from mdpo_jax.training.state import Optimiser
+from mdpo_jax.training.step import Forward
+from mdpo_jax.training.trainer import Trainer
+
+
+def suite(config: Config) -> synthetic.Suite:
+    """The synthetic suite at the configured difficulty."""
+    p = config.problems
+    return synthetic.Suite(
+        steps=p.steps,
+        largest_start=p.largest_start,
+        largest_value=p.largest_value,
+        noise=p.noise,
+        mental_scale=p.mental_scale,
+    )
+
+
+class Context:
+    """One run's shared parts, made when first needed; `close` ends the processes."""
+
+    def __init__(self, config: Config, directory: Path):
+        self.config, self.directory = config, directory
+        self._closers: list[Any] = []
+
+    def close(self) -> None:
+        """End the tool's and the grader's processes."""
+        while self._closers:
+            self._closers.pop().close()
+
+    @functools.cached_property
+    def mesh(self) -> jax.sharding.Mesh | None:
+        """The configured mesh; None for one device."""
+        m, devices = self.config.mesh, len(jax.devices())
+        fsdp = m.fsdp or max(1, devices // (m.data * m.tensor))
+        return None if m.data * fsdp * m.tensor == 1 else sharding.make_mesh(m.data, fsdp, m.tensor)
+
+    @functools.cached_property
+    def start(self) -> Policy:
+        """The policy before any training: from `model.path`, or fresh with a trained tokenizer."""
+        m = self.config.model
+        folder = Path(m.path) if m.path else self.directory / "start" / "model"
+        if not m.path:
+            stage(folder.parent, lambda _: self._fresh().save(folder) and None)
+        return load_policy(folder, m.param_dtype, self.mesh)
+
+    def _fresh(self) -> Policy:
+        from mdpo_jax.data.vocabulary import train_tokenizer
+
+        m, seed = self.config.model, self.config.seed
+        demos = synthetic.demonstrations(suite(self.config), 2000, seed)
+        headers = {"user": "user\n", "assistant": "model\n"}
+        texts = (headers[t["role"]] + t["content"] for demo in demos for t in demo)
+        tokenizer = train_tokenizer(texts, m.vocab_size)
+        shape = ModelConfig(
+            "gemma", len(tokenizer), m.hidden_size, m.intermediate_size, m.num_layers,
+            m.num_heads, m.num_kv_heads, m.head_dim,
+        )  # fmt: skip
+        params = transformer.init_params(shape, jax.random.key(seed), jnp.dtype(m.param_dtype))
+        ids = {
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": [
+                tokenizer.eos_token_id,
+                tokenizer.convert_tokens_to_ids("<end_of_turn>"),
+            ],
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+        return Policy(shape, params, tokenizer, dict(ids), dict(ids))
+
+    @functools.cached_property
+    def shape(self) -> ModelConfig:
+        """The model's configuration."""
+        return self.start.config
+
+    @functools.cached_property
+    def chat(self) -> Chat:
+        """The family's chat format over the run's tokenizer."""
+        return Chat(self.start.tokenizer, self.shape.family)
+
+    @functools.cached_property
+    def tool(self) -> Tool:
+        """The interpreter, with the synthetic suite's noise where that is the problem source."""
+        t = self.config.tool
+        tool: Tool = PythonInterpreter(
+            timeout=t.timeout, memory_mb=t.memory_mb, workers=t.workers, preload=t.preload,
+            cache=t.cache,
+        )  # fmt: skip
+        self._closers.append(tool)
+        noise = self.config.problems.noise if self.config.problems.path is None else 0.0
+        return NoisyTool(tool, noise, self.config.seed) if noise else tool
+
+    @functools.cached_property
+    def grader(self) -> Grader:
+        """The strict grader."""
+        grader = Grader()
+        self._closers.append(grader)
+        return grader
+
+    @functools.cached_property
+    def sampler(self) -> Sampler:
+        """One sampler for all policies of the run: it compiles once."""
+        r = self.config.rollout
+        shapes = Shapes.make(r.slots, r.context, r.block)
+        return Sampler(self.shape, shapes, self.chat.stop_ids, r.decode_dtype)
+
+    @functools.cached_property
+    def engine(self) -> Engine:
+        """The multi-turn loop over the sampler and the tool."""
+        r = self.config.rollout
+        limits = Limits(
+            r.max_turns, r.turn_tokens, r.trajectory_tokens, r.observation_tokens, r.context
+        )
+        return Engine(self.sampler, self.chat, self.tool, limits)
+
+    def trainer(self, *, sft: bool = False) -> Trainer:
+        """The trainer with the preference step's, or the warm-up's, optimiser."""
+        c, t = self.config, self.config.train
+        part = c.sft if sft else t
+        return Trainer(
+            self.shape,
+            Forward(c.model.dtype, c.model.remat, t.logprob_chunk),
+            Optimiser(beta2=part.beta2, weight_decay=part.weight_decay, clip=t.clip),
+            Layout(t.rows, t.row_length, max(2 * t.batch_pairs, c.sft.batch, c.raft.batch)),
+            self.mesh,
+        )
+
+    def load(self, path: Path) -> Any:
+        """Parameters of a stage of this run."""
+        return checkpoint.load_params(path, self.start.params)
+
+    def policy(self, params: Any) -> Policy:
+        """Parameters as a policy that can be exported."""
+        return dataclasses.replace(self.start, params=params)

@@ -1,0 +1,118 @@
+"""Greedy and sampled accuracy of a policy, pass@k, tool use, and KL to the SFT policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mdpo_jax.data.packing import item
+from mdpo_jax.data.store import Graded, graded_from, graded_row, read_lines, write_lines
+from mdpo_jax.pipeline.context import Context
+from mdpo_jax.reporting.metrics import pass_at_k, wilson_interval
+from mdpo_jax.rollout.engine import Request
+from mdpo_jax.types import Problem, Role, Trajectory
+
+Advance = Callable[[int], None]
+
+
+def sample(
+    context: Context, problems: Sequence[Problem], *, samples: range, stream: str, policy: str,
+    temperature: float, advance: Advance = lambda done: None,
+) -> list[Graded]:  # fmt: skip
+    """Trajectories of the loaded policy with their verdicts, by problem and then by sample."""
+    requests = [Request(p, s, f"{context.config.seed}/{stream}") for p in problems for s in samples]
+    found = context.engine.run(requests, policy=policy, temperature=temperature, advance=advance)
+    golds = {p.id: p.answer for p in problems}
+    return [Graded(t, _verdict(context, golds[t.problem_id], t)) for t in found]
+
+
+def _verdict(context: Context, gold: str, trajectory: Trajectory) -> Any:
+    last = trajectory.ids[trajectory.actions[-1]]
+    return context.grader.grade(gold, context.chat.decode(last))
+
+
+def evaluate(
+    context: Context, folder: Path, params: Any, problems: Sequence[Problem], *, split: str,
+    policy: str, reference: Any = None, pass_k: bool = False, advance: Advance = lambda done: None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Rows of results.json for one policy on one split; trajectories are kept in `folder`.
+
+    reference: parameters for the `kl` field, the mean over sampled trajectories of the summed
+    log-ratio of action tokens (an estimate of the KL divergence, in nats).
+    """
+    settings = context.config.evaluate
+    context.sampler.load(params)
+    runs = {
+        "greedy": (problems, range(1), 0.0),
+        "sampled": (problems, range(1), settings.temperature),
+    }
+    if pass_k:
+        extra = range(1, settings.pass_samples)
+        runs["more"] = (problems[: settings.pass_problems], extra, settings.temperature)
+    graded: dict[str, list[Graded]] = {}
+    for name, (some, samples, temperature) in runs.items():
+        path = folder / f"{split}-{name}.jsonl.gz"
+        if not path.exists():
+            found = sample(
+                context, some, samples=samples, stream=f"evaluate/{split}", policy=policy,
+                temperature=temperature, advance=advance,
+            )  # fmt: skip
+            write_lines(path, map(graded_row, found))
+        graded[name] = [graded_from(row) for row in read_lines(path)]
+    rows = [{"split": split, "decoding": d, **_figures(graded[d])} for d in ("greedy", "sampled")]
+    if pass_k:
+        rows[1] |= _pass_figures(graded["sampled"], graded["more"], settings.pass_samples)
+    if reference is not None:
+        rows[1]["kl"] = kl_estimate(context, [g.trajectory for g in graded["sampled"]], reference)
+    return rows
+
+
+def correct(folder: Path, split: str, decoding: str) -> np.ndarray:
+    """[problems] 0/1 of an evaluation's trajectories, in the problems' order."""
+    path = folder / f"{split}-{decoding}.jsonl.gz"
+    return np.array([row["label"] == "correct" for row in read_lines(path)], np.float64)
+
+
+def kl_estimate(context: Context, trajectories: Sequence[Trajectory], reference: Any) -> float:
+    """Mean over trajectories of sum over action tokens of log pi - log pi_reference, nats."""
+    length = context.config.train.row_length
+    short = [t for t in trajectories if len(t.ids) <= length]
+    scores = context.trainer().score(reference, [item(t, "sampled") for t in short], 64)
+    ratios = [
+        float(np.sum((t.log_probs - s)[t.roles == Role.ACTION]))
+        for t, s in zip(short, scores, strict=True)
+    ]
+    return float(np.mean(ratios)) if ratios else 0.0
+
+
+def _figures(graded: Sequence[Graded]) -> dict[str, Any]:
+    right = sum(g.verdict.correct for g in graded)
+    low, high = wilson_interval(right, len(graded))
+    statuses = [s for g in graded for s in g.trajectory.tool_statuses]
+    return {
+        "accuracy": right / len(graded),
+        "low": low,
+        "high": high,
+        "n": len(graded),
+        "mean_turns": float(np.mean([g.trajectory.turns for g in graded])),
+        "tool_error_rate": float(np.mean([s != "ok" for s in statuses])) if statuses else 0.0,
+        "tool_calls": len(statuses) / len(graded),
+    }
+
+
+def _pass_figures(first: Sequence[Graded], more: Sequence[Graded], n: int) -> dict[str, Any]:
+    """pass@k for k = 1, 2, 4, ... n over the problems that have n samples."""
+    counts: dict[str, int] = {}
+    for g in more:
+        counts[g.trajectory.problem_id] = counts.get(g.trajectory.problem_id, 0) + g.verdict.correct
+    for g in first:
+        if g.trajectory.problem_id in counts:
+            counts[g.trajectory.problem_id] += g.verdict.correct
+    right = np.array(list(counts.values()))
+    ks = [2**i for i in range(n.bit_length()) if 2**i <= n]
+    values = {k: pass_at_k(right, n, k) for k in ks}
+    out: dict[str, Any] = {"pass_at_k": {str(k): v for k, v in values.items()}}
+    return out | ({"pass_at_8": values[8]} if 8 in values else {})

@@ -1,0 +1,68 @@
+"""The run directory: stages that are done or not, and files that are whole or absent."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mdpo_jax.config import Config, ConfigError, differences
+
+DONE = "done.json"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write through `*.partial`, fsync and rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w", encoding="utf-8") as out:
+        json.dump(value, out, indent=1)
+        out.flush()
+        os.fsync(out.fileno())
+    partial.rename(path)
+
+
+def read_json(path: Path) -> Any:
+    """The value of `write_json`."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def open_run(config: Config) -> Path:
+    """The run directory, with its config; refuses one that belongs to another configuration."""
+    directory = config.directory
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / ".writable").touch()
+        (directory / ".writable").unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"config.workdir={str(directory)!r}: {error.strerror}; expected a writable folder"
+        ) from None
+    known = directory / "config.json"
+    fields = config.as_dict() | {"workdir": ""}
+    if known.exists():
+        changed = differences(read_json(known), fields)
+        if changed:
+            raise ConfigError(
+                f"config.workdir={str(directory)!r}: holds a run with another configuration "
+                f"({'; '.join(changed[:3])}); expected the same, or another folder"
+            )
+    else:
+        write_json(known, fields)
+    return directory
+
+
+def stage(folder: Path, work: Callable[[Path], dict[str, Any] | None]) -> dict[str, Any]:
+    """Run `work(folder)` unless it is done; its summary is kept in the folder's done.json.
+
+    The summary is written last, so a folder without one is of a stage that was interrupted; the
+    work then starts anew and may reuse whole files that it finds there.
+    """
+    done = folder / DONE
+    if done.exists():
+        return read_json(done)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(done, work(folder) or {})
+    return read_json(done)

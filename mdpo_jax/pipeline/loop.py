@@ -1,0 +1,166 @@
+"""The run: SFT, then iterations of rollout, pairs, reference, training and evaluation."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mdpo_jax.config import Config
+from mdpo_jax.pipeline import stages
+from mdpo_jax.pipeline.context import Context
+from mdpo_jax.pipeline.evaluation import Advance, correct, evaluate
+from mdpo_jax.pipeline.files import open_run, stage, write_json
+from mdpo_jax.reporting.console import progress
+from mdpo_jax.reporting.metrics import paired_interval
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Everything up to results.json, from wherever the run directory stands; returns results."""
+    directory = open_run(config)
+    context = Context(config, directory)
+    try:
+        return _run(context)
+    finally:
+        context.close()
+
+
+def _run(context: Context) -> dict[str, Any]:
+    config, directory = context.config, context.directory
+    stage(directory / "problems", lambda f: stages.prepare_problems(context, f))
+    dev, test = (stages.read_problems(context, name) for name in ("dev", "test"))
+    sft = directory / "sft"
+    with _timed(context, "SFT", config.sft.steps) as advance:
+        stage(sft, lambda f: stages.sft(context, f, advance))
+    rows = _evaluate(context, sft, "sft", 0, dev, "dev")
+    policies = [sft / stages.EARLIER, sft / stages.PARAMS]
+    for t in range(1, config.iterations + 1):
+        folder = directory / f"iteration-{t}"
+        _iterate(context, folder, t, policies)
+        rows += _evaluate(context, folder / "train", config.method, t, dev, "dev")
+        policies.append(folder / "train" / stages.PARAMS)
+    chosen = _best(rows)
+    rows += _evaluate(context, sft, "sft", 0, test, "test")
+    for t in sorted({chosen, config.iterations} - {0}):
+        folder = directory / f"iteration-{t}" / "train"
+        rows += _evaluate(context, folder, config.method, t, test, "test")
+    results = {
+        "config": config.as_dict(),
+        "rows": rows,
+        "chosen_iteration": chosen,
+        "comparisons": _compare(context, config.iterations),
+        "compilations": {"rollout": context.sampler.compilations()},
+    }
+    write_json(directory / "results.json", results)
+    return results
+
+
+def _iterate(context: Context, folder: Path, t: int, policies: list[Path]) -> None:
+    """One iteration; `policies` are all so far, the current one last."""
+    config, train = context.config, context.config.train
+    sources = [
+        (policies[-1], config.rollout.samples),
+        (policies[-2], config.rollout.previous_samples),
+    ]
+    problems = len(stages.read_problems(context, f"iteration-{t}"))
+    total = problems * sum(count for _, count in sources)
+    with _timed(context, f"iteration {t}: rollout", total) as advance:
+        stage(folder / "rollout", lambda f: stages.rollout(context, f, t, sources, advance))
+    stage(folder / "pairs", lambda f: stages.build_pairs(context, f, t))
+    scored: dict[str, Any] = {}
+    if config.method != "raft":
+        first = 1 if train.data == "all" else t
+        files = [
+            folder.parent / f"iteration-{i}" / "pairs" / "pairs.jsonl.gz"
+            for i in range(first, t + 1)
+        ]
+        reference = policies[-1] if train.reference == "updated" else policies[1]
+        scored = stage(
+            folder / "reference", lambda f: stages.score_reference(context, f, files, reference)
+        )
+    start = policies[-1] if train.start == "previous" else policies[1]
+    with _timed(context, f"iteration {t}: {config.method}", None) as advance:
+        stage(
+            folder / "train",
+            lambda f: stages.train(context, f, start, scored, config.seed + 1000 * t, advance),
+        )
+
+
+def _evaluate(
+    context: Context, folder: Path, name: str, iteration: int, problems: list, split: str
+) -> list[dict[str, Any]]:
+    target = folder.parent / f"{folder.name}-{split}"
+    label = f"{name} {iteration}" if iteration else name
+    with _timed(context, f"evaluate {label} on {split}", None) as advance:
+
+        def work(where: Path) -> dict[str, Any]:
+            reference = None
+            if iteration:
+                reference = context.load(context.directory / "sft" / stages.PARAMS)
+            rows = evaluate(
+                context, where, context.load(folder / stages.PARAMS), problems, split=split,
+                policy=label, reference=reference, pass_k=split == "dev", advance=advance,
+            )  # fmt: skip
+            return {"rows": [{"stage": name, "iteration": iteration, **row} for row in rows]}
+
+        return stage(target, work)["rows"]
+
+
+def _best(rows: list[dict[str, Any]]) -> int:
+    """The iteration with the best mean of greedy and sampled accuracy on dev; ties to the later."""
+    score: dict[int, float] = {}
+    for row in rows:
+        if row["split"] == "dev":
+            score[row["iteration"]] = score.get(row["iteration"], 0.0) + row["accuracy"]
+    return max(score, key=lambda t: (score[t], t))
+
+
+def _compare(context: Context, last: int) -> list[dict[str, Any]]:
+    """Last iteration minus SFT on test, paired by problem."""
+    out = []
+    for decoding in ("greedy", "sampled"):
+        before = correct(context.directory / "sft-test", "test", decoding)
+        after = correct(context.directory / f"iteration-{last}" / "train-test", "test", decoding)
+        interval = paired_interval(after, before, seed=context.config.seed)
+        out.append(
+            {"iteration": last, "versus": "sft", "decoding": decoding, **interval._asdict()}
+        )
+    return out
+
+
+@contextlib.contextmanager
+def _timed(context: Context, what: str, total: int | None) -> Iterator[Advance]:
+    """Progress for one stage, and its seconds in the run's log."""
+    start, done = time.monotonic(), 0
+    with progress(what, total) as tell:
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            tell(count)
+
+        yield advance
+    if done:
+        line = f"{what}\t{done}\t{time.monotonic() - start:.1f} s\n"
+        with open(context.directory / "times.tsv", "a", encoding="utf-8") as log:
+            log.write(line)
+
+
+def export(config: Config, iteration: int, out: Path) -> Path:
+    """A stage's policy as a Hugging Face folder; raises FileExistsError rather than overwrite."""
+    context = Context(config, config.directory)
+    folder = "sft" if iteration == 0 else f"iteration-{iteration}/train"
+    policy = context.policy(context.load(config.directory / folder / stages.PARAMS))
+    return policy.save(out)
+
+
+def export_chosen(config: Config, results: dict[str, Any]) -> Path:
+    """The chosen checkpoint in `DIR/export`, made once."""
+    out = config.directory / "export"
+    if not out.exists():
+        shutil.rmtree(out.with_name("export.partial"), ignore_errors=True)
+        export(config, results["chosen_iteration"], out)
+    return out

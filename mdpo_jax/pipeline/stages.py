@@ -1,0 +1,317 @@
+"""The stages of an iteration: each a function from finished files to a finished folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mdpo_jax.config import ConfigError
+from mdpo_jax.data import packing, pairs, store, synthetic
+from mdpo_jax.data.packing import Item
+from mdpo_jax.data.problems import load_problems
+from mdpo_jax.model.policy import fingerprint
+from mdpo_jax.pipeline.context import Context, suite
+from mdpo_jax.pipeline.evaluation import Advance, sample
+from mdpo_jax.reporting.metrics import MetricsWriter
+from mdpo_jax.training import checkpoint
+from mdpo_jax.training.step import Objective
+from mdpo_jax.training.trainer import Plan, copy_params, shuffled
+from mdpo_jax.types import Pair, Problem, Trajectory
+
+PARAMS, EARLIER = "params", "params-earlier"
+
+
+def prepare_problems(context: Context, folder: Path) -> dict[str, Any]:
+    """Problem files of the run: iteration-1 ... iteration-T, dev and test, no problem in two."""
+    config = context.config
+    counts = {f"iteration-{t}": config.problems.per_iteration for t in range(1, 1 + config.iterations)}
+    if config.problems.path is None:
+        groups, quarantined = _synthetic(context, counts), 0
+    else:
+        groups, quarantined = _from_files(context, counts, folder)
+    seen: dict[str, str] = {}
+    for name, problems in groups.items():
+        for problem in problems:
+            if seen.setdefault(problem.question, name) != name:
+                raise ConfigError(
+                    f"problems: {problem.id!r} is in both {seen[problem.question]} and {name}; "
+                    "expected disjoint sets"
+                )
+        store.write_lines(folder / f"{name}.jsonl.gz", map(store.problem_row, problems))
+    return {"quarantined": quarantined, "counts": {k: len(v) for k, v in groups.items()}}
+
+
+def read_problems(context: Context, name: str) -> list[Problem]:
+    """One of the sets of `prepare_problems`."""
+    path = context.directory / "problems" / f"{name}.jsonl.gz"
+    return [store.problem_from(row) for row in store.read_lines(path)]
+
+
+def _synthetic(context: Context, counts: dict[str, int]) -> dict[str, list[Problem]]:
+    config, chains = context.config, suite(context.config)
+    groups = {
+        split: synthetic.problems(chains, split, getattr(config.problems, split), config.seed)
+        for split in ("dev", "test")
+    }
+    skip = 0
+    for name, count in counts.items():
+        groups[name] = synthetic.problems(chains, "train", count, config.seed, skip)
+        skip += count
+    return groups
+
+
+def _from_files(
+    context: Context, counts: dict[str, int], folder: Path
+) -> tuple[dict[str, list[Problem]], int]:
+    settings, bad = context.config.problems, 0
+    sources = {"train": (settings.path or "").split(",")}
+    sources |= {s: [p] for s in ("dev", "test") if (p := getattr(settings, f"{s}_path"))}
+    loaded: dict[str, list[Problem]] = {}
+    for name, paths in sources.items():
+        loaded[name] = []
+        for index, path in enumerate(paths):
+            found = load_problems(path, folder / f"quarantine-{name}-{index}.jsonl")
+            loaded[name] += found.problems
+            bad += found.quarantined
+    order = np.random.default_rng(context.config.seed).permutation(len(loaded["train"]))
+    pool = [loaded["train"][i] for i in order]
+    taken = {p.question for name in ("dev", "test") for p in loaded.get(name, [])}
+    unique: dict[str, Problem] = {p.question: p for p in pool if p.question not in taken}
+    pool = list(unique.values())
+    groups = {}
+    for split in ("dev", "test"):
+        wanted = getattr(settings, split)
+        if split in loaded:
+            groups[split] = loaded[split][:wanted]
+        else:
+            # Held out of the training file, but never more than a tenth of it.
+            wanted = min(wanted, max(1, len(pool) // 10))
+            groups[split], pool = pool[:wanted], pool[wanted:]
+    each = min(settings.per_iteration or len(pool), len(pool) // len(counts))
+    if not each:
+        raise ConfigError(
+            f"config.problems.path={settings.path!r}: {len(pool)} training problems are left after "
+            f"dev and test; expected at least {len(counts)}, one an iteration"
+        )
+    for index, name in enumerate(counts):
+        groups[name] = pool[index * each : (index + 1) * each]
+    return groups, bad
+
+
+def sft(context: Context, folder: Path, advance: Advance) -> dict[str, Any]:
+    """Warm-up on demonstrations: `params`, and `params-earlier` for iteration 1's mixture."""
+    settings, seed = context.config.sft, context.config.seed
+    params = context.start.params
+    if settings.steps == 0 or (settings.path is None and context.config.problems.path is not None):
+        for name in (PARAMS, EARLIER):
+            checkpoint.save_params(folder / name, params)
+        return {"steps": 0, "note": "no demonstrations: the SFT policy is model.path as it is"}
+    easy, mixed = _demonstrations(context)
+    batches = shuffled([[i] for i in mixed], settings.batch, seed)
+    if settings.easy_steps:
+        first = shuffled([[i] for i in easy], settings.batch, seed)
+        batches = _then(first, settings.easy_steps, batches)
+    plan = Plan(
+        settings.batch, settings.steps, settings.learning_rate, settings.warmup_steps,
+        settings.final_lr_fraction, seed,
+    )  # fmt: skip
+    earlier = max(1, round(settings.steps * settings.previous_fraction))
+
+    def keep(step: int, params: Any) -> None:
+        if step == earlier:
+            checkpoint.save_params(folder / EARLIER, params)
+
+    with _fresh_metrics(folder) as metrics:
+
+        def report(step: int, values: dict[str, float]) -> None:
+            metrics.write(step=step, **values)
+            advance(1)
+
+        trainer = context.trainer(sft=True)
+        final = trainer.fit(
+            copy_params(params), batches, plan, Objective("likelihood"), report=report, keep=keep
+        )
+    checkpoint.save_params(folder / PARAMS, final)
+    return {"steps": settings.steps, "demonstrations": len(mixed), "policy": fingerprint(final)}
+
+
+def _then(first: Any, count: int, rest: Any) -> Any:
+    for _ in range(count):
+        yield next(first)
+    yield from rest
+
+
+def _demonstrations(context: Context) -> tuple[list[Item], list[Item]]:
+    """Packed-ready demonstrations: of one-operation problems, and of all."""
+    config, settings = context.config, context.config.sft
+    if settings.path is not None:
+        conversations = _read_conversations(Path(settings.path))
+        items = _items(context, conversations)
+        return items, items
+    easy = synthetic.Suite(**{**suite(config).__dict__, "steps": (1.0,)})
+    half = max(1, settings.demonstrations // 2)
+    return (
+        _items(context, synthetic.demonstrations(easy, half, config.seed)),
+        _items(context, synthetic.demonstrations(suite(config), settings.demonstrations, config.seed)),
+    )
+
+
+def _read_conversations(path: Path) -> list[list[dict[str, str]]]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return [json.loads(line)["messages"] for line in lines if line.strip()]
+    except OSError as error:
+        raise ConfigError(f"config.sft.path={str(path)!r}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(
+            f'config.sft.path={str(path)!r}: expected JSON lines with a "messages" list'
+        ) from None
+
+
+def _items(context: Context, conversations: Sequence[Sequence[dict[str, str]]]) -> list[Item]:
+    out = []
+    for index, messages in enumerate(conversations):
+        ids, roles = context.chat.messages(messages)
+        if len(ids) <= context.config.train.row_length:
+            zeros = np.zeros(len(ids), np.float32)
+            trajectory = Trajectory(f"demonstration/{index}", 0, "demonstration", ids, roles, zeros)
+            weight = context.config.sft.observation_weight
+            out.append(packing.item(trajectory, "sampled", observation_weight=weight))
+    return out
+
+
+def rollout(
+    context: Context, folder: Path, iteration: int, sources: Sequence[tuple[Path, int]],
+    advance: Advance,
+) -> dict[str, Any]:  # fmt: skip
+    """Sample each problem from a mixture of policies: (parameters, samples) each, in order.
+
+    One file a chunk of problems; a chunk that is on disk is not sampled again.
+    """
+    problems = read_problems(context, f"iteration-{iteration}")
+    size = context.config.rollout.chunk_problems
+    first = right = total = 0
+    for path, count in sources:
+        loaded = False
+        for start in range(0, len(problems), size) if count else ():
+            chunk = problems[start : start + size]
+            target = folder / f"{first:03d}-{start:06d}.jsonl.gz"
+            if not target.exists():
+                if not loaded:
+                    context.sampler.load(context.load(path))
+                    loaded = True
+                found = sample(
+                    context, chunk, samples=range(first, first + count),
+                    stream=f"iteration-{iteration}", policy=str(path.relative_to(context.directory)),
+                    temperature=context.config.rollout.temperature,
+                )  # fmt: skip
+                store.write_lines(target, map(store.graded_row, found))
+            labels = [row["label"] for row in store.read_lines(target)]
+            right, total = right + labels.count("correct"), total + len(labels)
+            advance(len(labels))
+        first += count
+    return {"trajectories": total, "correct": right / max(1, total)}
+
+
+def build_pairs(context: Context, folder: Path, iteration: int) -> dict[str, Any]:
+    """Pairs, and RAFT's right trajectories, from an iteration's rollouts."""
+    p = context.config.pairs
+    rules = pairs.Rules(
+        p.per_problem, p.max_tokens, p.keep_limit, p.require_tool, p.drop_error_before_answer
+    )
+    files = sorted((folder.parent / "rollout").glob("*.jsonl.gz"))
+    graded = (store.graded_from(row) for file in files for row in store.read_lines(file))
+    found = pairs.select(graded, rules, f"{context.config.seed}/{iteration}")
+    length = context.config.train.row_length
+    short = [q for q in found.pairs if max(len(q.chosen.ids), len(q.rejected.ids)) <= length]
+    store.write_lines(folder / "pairs.jsonl.gz", map(store.pair_row, short))
+    right = [t for t in found.correct if len(t.ids) <= length]
+    store.write_lines(folder / "correct.jsonl.gz", map(store.trajectory_row, right))
+    return {
+        "pairs": len(short),
+        "correct": len(right),
+        "problems": found.problems,
+        "mixed_problems": found.mixed,
+        "dropped": dict(sorted(found.dropped.items())),
+    }
+
+
+def score_reference(
+    context: Context, folder: Path, pair_files: Sequence[Path], reference: Path
+) -> dict[str, Any]:
+    """Reference log-probs of every token of every pair, by the trainer's own forward."""
+    found = [store.pair_from(row) for file in pair_files for row in store.read_lines(file)]
+    params = context.load(reference)
+    items = [packing.item(t, "sampled") for q in found for t in (q.chosen, q.rejected)]
+    scores = context.trainer().score(params, items, 2 * context.config.train.batch_pairs)
+    scored = [
+        Pair(q.chosen, q.rejected, scores[2 * i], scores[2 * i + 1]) for i, q in enumerate(found)
+    ]
+    store.write_lines(folder / "pairs.jsonl.gz", map(store.pair_row, scored))
+    return {"pairs": len(scored), "reference": fingerprint(params)}
+
+
+def train(
+    context: Context, folder: Path, start: Path, reference: dict[str, Any], seed: int,
+    advance: Advance,
+) -> dict[str, Any]:  # fmt: skip
+    """The preference step over an iteration's pairs (M-DPO, single-turn DPO) or RAFT's data."""
+    config = context.config
+    params = context.load(start)
+    groups, plan, objective = _training_data(context, folder, seed)
+    if not groups:
+        checkpoint.save_params(folder / PARAMS, params)
+        return {"steps": 0, "note": "no pair to learn from: the policy is unchanged"}
+    at_reference = objective.kind == "pairs" and fingerprint(params) == reference.get("reference")
+    with _fresh_metrics(folder) as metrics:
+
+        def report(step: int, values: dict[str, float]) -> None:
+            metrics.write(step=step, **values)
+            advance(1)
+
+        trainer = context.trainer()
+        final = trainer.fit(
+            params, shuffled(groups, plan.batch, seed), plan, objective,
+            check_step_zero=at_reference, report=report,
+        )  # fmt: skip
+        programs = trainer.compilations(objective)
+    checkpoint.save_params(folder / PARAMS, final)
+    return {
+        "method": config.method,
+        "steps": plan.steps,
+        "compilations": programs,
+        "policy": fingerprint(final),
+    }
+
+
+def _training_data(
+    context: Context, folder: Path, seed: int
+) -> tuple[list[Sequence[Item]], Plan, Objective]:
+    config, t, raft = context.config, context.config.train, context.config.raft
+    groups: list[Sequence[Item]]
+    if config.method == "raft":
+        rows = store.read_lines(folder.parent / "pairs" / "correct.jsonl.gz")
+        kept = pairs.at_most([store.trajectory_from(r) for r in rows], raft.per_problem)
+        groups = [[packing.item(trajectory, t.mask)] for trajectory in kept]
+        steps, batch, rate = raft.epochs * len(groups) // raft.batch, raft.batch, raft.learning_rate
+        most, objective = raft.max_steps, Objective("likelihood")
+    else:
+        rows = store.read_lines(folder.parent / "reference" / "pairs.jsonl.gz")
+        whole = config.method == "dpo"
+        groups = [packing.pair_items(store.pair_from(r), t.mask, observations=whole) for r in rows]
+        steps, batch, rate = t.epochs * len(groups) // t.batch_pairs, t.batch_pairs, t.learning_rate
+        most, objective = t.max_steps, Objective("pairs", t.eta, t.nll_weight)
+    steps = max(1, min(steps, most or steps))
+    plan = Plan(batch, steps, rate, t.warmup_steps, t.final_lr_fraction, seed)
+    return groups, plan, objective
+
+
+def _fresh_metrics(folder: Path) -> MetricsWriter:
+    """A stage that starts anew starts its metrics anew."""
+    path = folder / "metrics.jsonl"
+    path.unlink(missing_ok=True)
+    return MetricsWriter(path)

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from huggingface_hub.serialization import split_state_dict_into_shards_factory
+from huggingface_hub import split_state_dict_into_shards_factory
 from jax.sharding import Mesh, SingleDeviceSharding
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -130,7 +130,7 @@ def _assemble(
     shape = weight.shape(config)
     read: dict[tuple, np.ndarray] = {}
 
-    def shard(index: tuple[slice, ...]) -> np.ndarray:
+    def shard(index: Any) -> np.ndarray:
         spans = [s.indices(size)[:2] for s, size in zip(index, shape, strict=True)]
         key = tuple(spans)
         if key not in read:
@@ -178,7 +178,9 @@ def write_params(
     The tied head is left out.  Tensors are gathered one at a time; a shard is held until written.
     Raises ValueError if a leaf has not the shape that the config gives it.
     """
-    path, plan, sources = Path(path), {}, {}
+    path = Path(path)
+    plan: dict[str, int] = {}
+    sources: dict[str, tuple[Weight, int]] = {}
     for w in weight_map(config):
         if leaf(params, w.path).shape != w.shape(config):
             found = list(leaf(params, w.path).shape)
@@ -193,15 +195,16 @@ def write_params(
         max_shard_size=max_shard_bytes,
     )
     for file, names in split.filename_to_tensors.items():
-        tensors = {name: _gather(params, *sources[name], dtype) for name in names}
+        tensors = {name: _gather(params, sources[name], dtype) for name in names}
         save_file(tensors, path / file, metadata={"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (path / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def _gather(params: dict[str, Any], weight: Weight, layer: int, dtype: Any) -> np.ndarray:
+def _gather(params: dict[str, Any], source: tuple[Weight, int], dtype: Any) -> np.ndarray:
     """One stored tensor on the host, in the stored layout."""
+    weight, layer = source
     x = leaf(params, weight.path)
     x = np.asarray((x[layer] if weight.stacked else x).astype(dtype))
     axes = weight.axes.split()

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ from mdpo_jax.model.attention import attend, attend_cache
 def _draw(length, heads=4, kv_heads=2, rows=2, seed=0):
     rng = np.random.default_rng(seed)
     shapes = [(rows, length, h, 8) for h in (heads, kv_heads, kv_heads)]
-    return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+    return [rng.normal(size=shape).astype(np.float32) for shape in shapes]
 
 
 def _by_hand(q, k, v, segments, scale):
@@ -34,7 +36,8 @@ SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 2, 3, 0, 0, 0], [4, 4, 4, 4, 4, 4, 4, 4,
 def test_packed_segments_by_hand(kv_heads, block, monkeypatch):
     monkeypatch.setattr(attention, "BLOCK", block)
     q, k, v = _draw(11, kv_heads=kv_heads)
-    got = attend(q, k, v, segments=jnp.asarray(SEGMENTS), scale=0.3)
+    run = functools.partial(attend, segments=jnp.asarray(SEGMENTS), scale=0.3)
+    got = jax.jit(run)(q, k, v)
     np.testing.assert_allclose(got, _by_hand(q, k, v, SEGMENTS, 0.3), atol=2e-6)
 
 
@@ -44,9 +47,10 @@ def test_blocks_do_not_change_the_gradient(monkeypatch):
     def loss(*qkv):
         return jnp.sum(jnp.sin(attend(*qkv, segments=jnp.asarray(SEGMENTS), scale=0.3)))
 
-    whole = jax.grad(loss, (0, 1, 2))(q, k, v)
+    whole = jax.jit(jax.grad(loss, (0, 1, 2)))(q, k, v)
     monkeypatch.setattr(attention, "BLOCK", 4)
-    for a, b in zip(whole, jax.grad(loss, (0, 1, 2))(q, k, v), strict=True):
+    blocks = jax.jit(jax.grad(lambda *qkv: loss(*qkv), (0, 1, 2)))(q, k, v)
+    for a, b in zip(whole, blocks, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-6)
 
 
@@ -54,14 +58,14 @@ def test_blocks_do_not_change_the_gradient(monkeypatch):
 def test_a_cache_gives_what_a_row_gives(block, monkeypatch):
     monkeypatch.setattr(attention, "BLOCK", block)
     q, k, v = _draw(11)
-    whole = attend(q, k, v, segments=jnp.ones((2, 11), jnp.int32), scale=0.3)
+    run = functools.partial(attend, segments=jnp.ones((2, 11), jnp.int32), scale=0.3)
+    whole = np.asarray(jax.jit(run)(q, k, v))
     # What lies in the cache beyond a query's position is never seen.
     junk = [(0, 0), (0, 5), (0, 0), (0, 0)]
-    k, v = jnp.pad(k, junk, constant_values=1e6), jnp.pad(v, junk, constant_values=1e6)
-    positions = jnp.arange(3, 11) * jnp.ones((2, 1), jnp.int32)
-    got = attend_cache(
-        q[:, 3:], k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), positions, scale=0.3
-    )
+    k, v = (np.pad(x, junk, constant_values=1e6) for x in (k, v))
+    positions = np.arange(3, 11) * np.ones((2, 1), np.int32)
+    run = jax.jit(functools.partial(attend_cache, scale=0.3))
+    got = run(q[:, 3:], k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), positions)
     np.testing.assert_allclose(got, whole[:, 3:], atol=2e-6)
 
 

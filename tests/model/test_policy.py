@@ -35,7 +35,8 @@ def test_generation_config_and_foreign_fields_travel(policy, checkpoint, tmp_pat
 def test_logits_are_those_of_the_forward(policy, ids):
     tokens = ids(3, 6)
     places = np.broadcast_to(np.arange(6), tokens.shape)
-    hidden = hidden_states(policy.config, policy.params, tokens, places, np.ones_like(tokens))
+    forward = jax.jit(hidden_states, static_argnums=0)
+    hidden = forward(policy.config, policy.params, tokens, places, np.ones_like(tokens))
     got = policy.logits(tokens.tolist())
     assert got.shape == (3, 6, 64)
     assert got.dtype == jnp.float32
@@ -147,7 +148,7 @@ def test_an_unknown_dtype(checkpoint):
 
 def test_a_tokenizer_of_another_vocabulary(checkpoint, save_tokenizer):
     save_tokenizer(checkpoint, 70)
-    with pytest.raises(CheckpointError, match="ids up to 69.* vocabulary of 64"):
+    with pytest.raises(CheckpointError, match=r"ids up to 69.* vocabulary of 64"):
         load_policy(checkpoint)
 
 

@@ -1,0 +1,149 @@
+"""Trajectories against a naive loop that computes everything anew for every token."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import chat, model_config, params
+
+from mdpo_jax.environment.tool import Observation
+from mdpo_jax.model import transformer
+from mdpo_jax.rollout.engine import Engine, Limits, Request
+from mdpo_jax.rollout.sampler import Sampler, Shapes
+from mdpo_jax.types import Problem, Role
+
+LIMITS = Limits(
+    max_turns=3, turn_tokens=12, trajectory_tokens=30, observation_tokens=16, context=160
+)
+PROBLEMS = [Problem(f"p/{i}", f"Ana has {i} beads" + " and cards" * (i % 5), "1") for i in range(7)]
+
+
+class EchoTool:
+    """Answers every action with a number; what it saw is kept."""
+
+    def __init__(self):
+        self.seen = []
+
+    def start(self, key):
+        return EchoSession(self, key)
+
+    def close(self):
+        pass
+
+
+class EchoSession:
+    def __init__(self, tool, key):
+        self.tool, self.key = tool, key
+
+    def run(self, action):
+        from concurrent.futures import Future
+
+        self.tool.seen.append((self.key, action))
+        done = Future()
+        done.set_result(Observation(str(len(action)), "ok", 0.0))
+        return done
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def always_tool(monkeypatch):
+    """A random model writes no code: let every turn ask for the tool."""
+    monkeypatch.setattr("mdpo_jax.rollout.engine.wants_tool", lambda text: True)
+
+
+def engine(slots=4, block=5, tool=None):
+    shapes = Shapes.make(slots, LIMITS.context, block)
+    sampler = Sampler(model_config(), shapes, chat().stop_ids, "float32")
+    sampler.load(params())
+    return Engine(sampler, chat(), tool or EchoTool(), LIMITS), sampler
+
+
+def requests(samples=2):
+    return [Request(p, s, "0/test") for p in PROBLEMS for s in range(samples)]
+
+
+def next_log_probs(ids):
+    tokens = jnp.asarray(ids)[None]
+    places = jnp.arange(len(ids))[None]
+    hidden = transformer.hidden_states(
+        model_config(), params(), tokens, places, jnp.ones_like(tokens)
+    )
+    return np.asarray(jax.nn.log_softmax(transformer.logits(model_config(), params(), hidden)[0]))
+
+
+def test_greedy_trajectories_equal_full_recomputation(always_tool):
+    found = engine()[0].run(requests(1), policy="x", temperature=0.0)
+    for t in found:
+        assert t.turns > 1
+        scores = next_log_probs(t.ids)
+        for i in np.flatnonzero(t.roles == Role.ACTION):
+            assert t.ids[i] == scores[i - 1].argmax()
+            assert t.log_probs[i] == pytest.approx(scores[i - 1, t.ids[i]], abs=1e-4)
+        assert not t.log_probs[t.roles != Role.ACTION].any()
+
+
+def test_a_trajectory_does_not_depend_on_its_neighbours(always_tool):
+    whole = engine()[0].run(requests(), policy="x", temperature=1.0)
+    few = engine(slots=3, block=4)[0].run(requests()[5:8], policy="x", temperature=1.0)
+    for a, b in zip(whole[5:8], few, strict=True):
+        np.testing.assert_array_equal(a.ids, b.ids)
+        np.testing.assert_allclose(a.log_probs, b.log_probs, atol=1e-4)
+
+
+def test_a_rerun_repeats_every_bit(always_tool):
+    runs = [engine()[0].run(requests(), policy="x", temperature=1.0) for _ in range(2)]
+    for a, b in zip(*runs, strict=True):
+        np.testing.assert_array_equal(a.ids, b.ids)
+        np.testing.assert_array_equal(a.log_probs, b.log_probs)
+    assert len({tuple(t.ids) for t in runs[0]}) > len(PROBLEMS)
+
+
+def test_no_program_compiles_after_warm_up_and_nothing_is_prefilled_twice(always_tool):
+    e, sampler = engine()
+    e.run(requests(), policy="x", temperature=1.0)
+    warm, before = sampler.compilations(), sampler.tokens_prefilled
+    found = e.run(requests(), policy="x", temperature=1.0)
+    sampler.load(params())
+    assert sampler.compilations() == warm
+    given = sum(int((t.roles != Role.ACTION).sum()) for t in found)
+    assert sampler.tokens_prefilled - before == given
+
+
+def test_limits_and_roles(always_tool):
+    for t in engine()[0].run(requests(), policy="x", temperature=1.0):
+        actions = [s.stop - s.start for s in t.actions]
+        assert max(actions) <= LIMITS.turn_tokens
+        assert sum(actions) <= LIMITS.trajectory_tokens
+        assert t.turns <= LIMITS.max_turns
+        assert len(t.tool_statuses) == t.turns - 1
+        assert t.finish in ("turn_limit", "token_limit")
+        assert t.roles[0] == Role.PROMPT
+
+
+def test_without_code_a_turn_ends_the_trajectory():
+    for t in engine()[0].run(requests(1), policy="x", temperature=1.0):
+        assert t.turns == 1
+        assert t.finish in ("no_code", "token_limit")
+
+
+def test_the_tool_sees_the_text_of_the_action(always_tool):
+    tool = EchoTool()
+    found = engine(tool=tool)[0].run(requests(1)[:1], policy="x", temperature=1.0)
+    first = found[0].ids[found[0].actions[0]]
+    assert tool.seen[0] == ("0/test/p/0#0", chat().decode(first))
+
+
+def test_a_prompt_that_does_not_fit_is_named():
+    long = Request(Problem("big", "word " * 400, "1"), 0, "s")
+    with pytest.raises(ValueError, match=r"'big': its prompt has \d+ tokens; rollout.context=160"):
+        engine()[0].run([long], policy="x", temperature=1.0)
+
+
+def test_stop_strings_cut_at_a_tokens_edge(monkeypatch):
+    e, _ = engine()
+    monkeypatch.setattr(e._chat, "stop_strings", ("a",), raising=False)
+    for t in e.run(requests(1), policy="x", temperature=1.0):
+        action = t.ids[t.actions[0]]
+        assert "a" not in chat().decode(action[:-1])

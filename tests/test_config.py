@@ -1,0 +1,70 @@
+import pytest
+
+from mdpo_jax.config import ConfigError, describe, differences, load_recipe, parse
+
+
+def test_overrides_are_typed_and_nested():
+    config = parse(
+        ["--config=tiny", "--config.train.eta=0.3", "--config.seed=7", "--config.tool.cache=false",
+         "--config.problems.steps=0.5,0.25,0.25", "--config.model.path=none"]
+    )  # fmt: skip
+    assert (config.train.eta, config.seed, config.tool.cache) == (0.3, 7, False)
+    assert config.problems.steps == (0.5, 0.25, 0.25)
+    assert config.model.path is None
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--config.train.etaa=1", "unknown field 'etaa' of Train; did you mean 'eta'?"),
+        ("--config.trian.eta=1", "unknown field 'trian' of Config; did you mean 'train'?"),
+        ("--config.train.eta=abc", "expected float"),
+        ("--config.train.eta=nan", "a finite number"),
+        ("--config.train.eta=-1", "train.eta=-1.0: expected a positive number"),
+        ("--config.seed=1.5", "expected int"),
+        ("--config.tool.cache=yes", "expected true or false"),
+        ("--config.method=ppo", "expected one of mdpo, dpo, raft"),
+        ("--config.train=1", "train is a section; fields: eta"),
+        ("--config.seed.x=1", "seed has no field 'x'"),
+        ("--seed=1", "unknown argument; expected --config.FIELD=VALUE"),
+        ("--config.rollout.context=8", "at least rollout.trajectory_tokens"),
+        ("--config.problems.noise=2", "a probability"),
+    ],
+)
+def test_a_wrong_override_is_told_in_one_line(argument, message):
+    with pytest.raises(ConfigError) as caught:
+        parse(["--config=tiny", argument])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_recipe_suggests_the_nearest():
+    with pytest.raises(ConfigError, match=r"did you mean 'tiny'\?; known: gemma7b, tiny"):
+        parse(["--config=tinny"])
+
+
+def test_the_recipe_is_given_once():
+    with pytest.raises(ConfigError, match="given 0 times"):
+        parse([])
+
+
+def test_gemma7b_holds_the_papers_settings():
+    c = load_recipe("gemma7b")
+    assert (c.rollout.samples, c.rollout.previous_samples, c.rollout.max_turns) == (20, 10, 6)
+    assert (c.rollout.turn_tokens, c.rollout.trajectory_tokens) == (512, 2048)
+    assert (c.train.eta, c.train.learning_rate, c.train.batch_pairs) == (0.1, 4e-7, 32)
+    assert (c.train.warmup_steps, c.train.reference, c.iterations) == (40, "updated", 3)
+
+
+def test_the_fingerprint_ignores_the_place_and_sees_the_rest():
+    base = parse(["--config=tiny"])
+    assert parse(["--config=tiny", "--config.workdir=/x"]).fingerprint() == base.fingerprint()
+    other = parse(["--config=tiny", "--config.train.eta=0.5"])
+    assert other.fingerprint() != base.fingerprint()
+    assert differences(base.as_dict(), other.as_dict()) == ["train.eta: 1.0 -> 0.5"]
+
+
+def test_every_field_is_described():
+    rows = {flag: (kind, value) for flag, kind, value in describe(load_recipe("tiny"))}
+    assert rows["--config.method"] == ("one of mdpo, dpo, raft", "'mdpo'")
+    assert rows["--config.model.path"][0] == "str or none"

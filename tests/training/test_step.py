@@ -1,0 +1,180 @@
+"""The step against an unpacked float64 reference, under every mesh and accumulation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import model_config, params, trajectories
+
+from mdpo_jax.data.packing import Layout, item, pack, pair_items
+from mdpo_jax.model import sharding, transformer
+from mdpo_jax.training.state import Optimiser, init_state, schedule
+from mdpo_jax.training.step import Forward, Objective, log_probs, loss_and_gradients, make_step, put
+from mdpo_jax.training.trainer import Plan, StepZeroError, Trainer, copy_params, shuffled
+from mdpo_jax.types import Pair, Role
+
+LAYOUT = Layout(8, 224, 16)
+PAIRS_OBJECTIVE = Objective("pairs", eta=0.5, nll_weight=0.3)
+
+
+def pairs(reference=None):
+    found = trajectories()
+    out = []
+    for i in range(0, 8, 2):
+        references = [
+            np.zeros(len(t.ids), np.float32) if reference is None else reference[t.sample]
+            for t in found[i : i + 2]
+        ]
+        out.append(Pair(found[i], found[i + 1], *references))
+    return out
+
+
+def batch(layout=LAYOUT, **kwargs):
+    return pack([pair_items(p, "sampled", **kwargs) for p in pairs()], layout)
+
+
+def plain_log_probs(p, ids):
+    """[length] log-probs of one unpacked sequence by a whole softmax."""
+    tokens = jnp.asarray(ids)[None]
+    places = jnp.arange(len(ids))[None]
+    hidden = transformer.hidden_states(model_config(), p, tokens, places, jnp.ones_like(tokens))
+    logits = jax.nn.log_softmax(transformer.logits(model_config(), p, hidden)[0], -1)
+    picked = jnp.take_along_axis(logits[:-1], tokens[0, 1:, None], -1)[:, 0]
+    return jnp.concatenate([jnp.zeros(1), picked])
+
+
+def plain_loss(p):
+    total = 0.0
+    for pair in pairs():
+        sums = []
+        for t in (pair.chosen, pair.rejected):
+            mask = jnp.asarray(t.roles == Role.ACTION)
+            sums.append((jnp.sum(plain_log_probs(p, t.ids) * mask), mask.sum()))
+        (chosen, count), (rejected, _) = sums
+        margin = PAIRS_OBJECTIVE.eta * (chosen - rejected)
+        total += -jax.nn.log_sigmoid(margin) - PAIRS_OBJECTIVE.nll_weight * chosen / count
+    return total / len(pairs())
+
+
+def close(a, b, tolerance=1e-5):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, atol=tolerance * max(1.0, float(jnp.abs(y).max())))
+
+
+@pytest.mark.parametrize("layout", [LAYOUT, Layout(2, 224, 4), Layout(8, 224, 4)])
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_packed_loss_and_gradients_equal_the_plain_ones(layout, remat):
+    loss, gradients = jax.value_and_grad(plain_loss)(params())
+    forward = Forward(remat=remat, logprob_chunk=64)
+    got, metrics = loss_and_gradients(
+        model_config(), forward, PAIRS_OBJECTIVE, params(), put(batch(layout), None)
+    )
+    assert float(metrics["loss"]) == pytest.approx(float(loss), rel=1e-5)
+    close(got, gradients)
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 1), (2, 2, 1), (4, 1, 1), (1, 2, 2)])
+def test_every_mesh_gives_the_single_device_result(shape):
+    forward = Forward()
+    one, expected = loss_and_gradients(
+        model_config(), forward, PAIRS_OBJECTIVE, params(), put(batch(), None)
+    )
+    mesh = sharding.make_mesh(*shape)
+    sharded = jax.device_put(params(), sharding.param_shardings(model_config(), mesh))
+    with jax.set_mesh(mesh):
+        many, metrics = jax.jit(
+            lambda p, b: loss_and_gradients(model_config(), forward, PAIRS_OBJECTIVE, p, b)
+        )(sharded, put(batch(), mesh))
+    assert float(metrics["loss"]) == pytest.approx(float(expected["loss"]), rel=1e-5)
+    close(many, one)
+
+
+def test_gradient_is_exactly_zero_at_observations_and_prompts():
+    """With respect to the scored values: what no role emitted carries no weight at all."""
+    t = trajectories()[0]
+    packed = put(pack([[item(t, "sampled")]], Layout(1, 224, 1)), None)
+    micro = {k: v[0] for k, v in packed.items()}
+    values = log_probs(model_config(), Forward(), params(), micro)
+    gradient = jax.grad(lambda v: jnp.sum(v * micro["weights"]))(values)[0, : len(t.ids)]
+    np.testing.assert_array_equal(gradient != 0, t.roles == Role.ACTION)
+    assert (t.roles == Role.OBSERVATION).any()
+
+
+def test_later_log_probs_see_the_observation():
+    t = trajectories()[0]
+    place = int(np.flatnonzero(t.roles == Role.OBSERVATION)[3])
+    changed = t.ids.copy()
+    changed[place] = (changed[place] + 1) % model_config().vocab_size
+    before, after = (plain_log_probs(params(), ids) for ids in (t.ids, changed))
+    np.testing.assert_array_equal(before[:place], after[:place])
+    assert np.all(np.asarray(before[place + 1 :]) != np.asarray(after[place + 1 :]))
+
+
+def trainer(**kwargs):
+    return Trainer(model_config(), Forward(), Optimiser(**kwargs), LAYOUT)
+
+
+def test_scores_equal_the_plain_forward():
+    items = [item(t, "sampled") for t in trajectories()[:5]]
+    for got, t in zip(trainer().score(params(), items, 2), trajectories(), strict=False):
+        np.testing.assert_allclose(got, plain_log_probs(params(), t.ids), atol=2e-5)
+
+
+PLAN = Plan(
+    batch=2, steps=3, learning_rate=1e-3, warmup_steps=1, final_lr_fraction=0.1, seed=0
+)
+
+
+def fit(reference, steps=None):
+    groups = [pair_items(p, "sampled") for p in pairs(reference)]
+    seen = []
+    t = trainer(beta2=0.99)
+    final = t.fit(
+        copy_params(params()), shuffled(groups, PLAN.batch, 0), PLAN, Objective("pairs", 0.5),
+        check_step_zero=True, report=lambda step, metrics: seen.append(metrics),
+    )  # fmt: skip
+    return final, seen, t
+
+
+def test_step_zero_is_ln_2_and_the_loss_falls_without_new_programs():
+    items = [item(t, "sampled") for t in trajectories()]
+    scores = trainer().score(params(), items, 4)
+    final, seen, t = fit(scores)
+    assert seen[0]["loss"] == pytest.approx(np.log(2), abs=1e-5)
+    assert seen[0]["log_ratio/max_abs"] < 1e-3
+    assert seen[-1]["loss"] < seen[0]["loss"]
+    assert t.compilations(Objective("pairs", 0.5)) == 1
+    again, _, _ = fit(scores)
+    for a, b in zip(jax.tree.leaves(final), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_wrong_reference_stops_the_run_before_it_learns():
+    wrong = [np.full(len(t.ids), -1.0, np.float32) for t in trajectories()]
+    with pytest.raises(StepZeroError, match=r"expected ln 2 = 0\.693147 and 0"):
+        fit(wrong)
+
+
+def test_likelihood_is_the_token_mean():
+    packed = pack([[item(t, "sampled")] for t in trajectories()[:4]], LAYOUT)
+    state = init_state(copy_params(params()), Optimiser())
+    step = make_step(model_config(), Forward(), Objective("likelihood"), Optimiser())
+    _, metrics = step(state, put(packed, None), np.float32(0.0))
+    scores = [plain_log_probs(params(), t.ids)[t.roles == Role.ACTION] for t in trajectories()[:4]]
+    assert float(metrics["loss"]) == pytest.approx(-float(jnp.concatenate(scores).mean()), rel=1e-5)
+
+
+def test_schedule_warms_up_and_ends_at_its_fraction():
+    rate = schedule(1.0, 10, 200, 0.1)
+    assert float(rate(0)) == pytest.approx(1 / 11)
+    assert float(rate(10)) == pytest.approx(1.0)
+    assert float(rate(200)) == pytest.approx(0.1)
+    assert float(schedule(1.0, 40, 20, 0.0)(2)) == pytest.approx(1.0)
+
+
+def test_batches_cover_the_data_each_epoch():
+    groups = [[i] for i in range(7)]
+    batches = shuffled(groups, 7, 3)
+    first, second = next(batches), next(batches)
+    assert sorted(map(tuple, first)) == sorted(map(tuple, second)) == sorted(map(tuple, groups))
+    assert first != second

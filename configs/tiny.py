@@ -15,7 +15,18 @@ wear down the copying of numbers), NLL weight 1 (paper: 0), learning rate 2e-4 (
 512), trajectories without a tool call are kept as rejected (they are the habit to unlearn).
 """
 
-from mdpo_jax.config import SFT, Config, Evaluate, Model, Pairs, Problems, Raft, Rollout, Tool, Train
+from mdpo_jax.config import (
+    SFT,
+    Config,
+    Evaluate,
+    Model,
+    Pairs,
+    Problems,
+    Raft,
+    Rollout,
+    Tool,
+    Train,
+)
 
 
 def get_config() -> Config:
@@ -26,8 +37,9 @@ def get_config() -> Config:
         model=Model(),
         problems=Problems(per_iteration=512, dev=256, test=1024),
         sft=SFT(
-            steps=900,
+            steps=950,
             easy_steps=250,
+            skill_steps=450,
             demonstrations=6000,
             batch=32,
             learning_rate=4e-3,
@@ -36,7 +48,7 @@ def get_config() -> Config:
             beta2=0.98,
             weight_decay=0.01,
             observation_weight=0.25,
-            previous_fraction=0.8,
+            previous_fraction=0.9,
         ),
         rollout=Rollout(
             samples=6,

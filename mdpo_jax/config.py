@@ -82,7 +82,9 @@ class SFT:
     """The warm-up: likelihood on demonstrations.  steps=0 starts from `model.path` as it is.
 
     path: demonstrations as JSONL of chat `messages`; without it, the synthetic suite's.
-    easy_steps: first part of the steps, on one-operation problems only (a curriculum).
+    easy_steps, skill_steps: first parts of the steps (a curriculum), on one-operation problems and
+    then on all, with `skill_mental_scale` in place of problems.mental_scale: the skill of using the
+    tool comes first, the habit of not using it last.
     previous_fraction: share of the steps after which the checkpoint is kept that plays the
     "previous" policy of iteration 1 (the paper: epoch 1 of 3).
     """
@@ -90,6 +92,8 @@ class SFT:
     path: str | None = None
     steps: int = 0
     easy_steps: int = 0
+    skill_steps: int = 0
+    skill_mental_scale: float = 0.4
     demonstrations: int = 6000
     batch: int = 32
     learning_rate: float = 5e-6
@@ -277,6 +281,19 @@ class Config:
         """Hash of everything that decides the run's results; the run's place is not part of it."""
         fields = {k: v for k, v in self.as_dict().items() if k != "workdir"}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def from_dict(fields: dict[str, Any], kind: Any = Config) -> Any:
+    """The inverse of `Config.as_dict`; raises ConfigError for a field that `kind` has not got."""
+    hints = typing.get_type_hints(kind)
+    values = {}
+    for name, value in fields.items():
+        if name not in hints:
+            raise ConfigError(f"config.{name}: unknown field of {kind.__name__}")
+        if dataclasses.is_dataclass(hints[name]):
+            value = from_dict(value, hints[name])
+        values[name] = tuple(value) if isinstance(value, list) else value
+    return kind(**values)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

@@ -5,34 +5,23 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-EXIT_OK, EXIT_INPUT, EXIT_RESUMABLE = 0, 2, 75
+from mdpo_jax.config import Config
+from mdpo_jax.doors import run_door
 
 
 def main(arguments: Sequence[str]) -> int:
     """Parse, run, print; 0 done, 2 wrong input, 75 interrupted and resumable."""
-    from mdpo_jax import config as configuration
+    return run_door(arguments, __doc__ or "", _train)
 
-    try:
-        config = configuration.parse(arguments)
-    except configuration.ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_INPUT
-    # Only now: these import jax, and a misspelt field should be told at once.
+
+def _train(config: Config) -> None:
     from rich.console import Console
 
-    from mdpo_jax.isolation.forkserver import ForkServerError
     from mdpo_jax.pipeline import loop
     from mdpo_jax.reporting.console import results_table
 
-    try:
-        results = loop.run(config)
-        folder = loop.export_chosen(config, results)
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
-        print(f"error: {_line(error)}", file=sys.stderr)
-        return EXIT_INPUT
-    except (KeyboardInterrupt, ForkServerError) as error:
-        print(f"interrupted: {_line(error)}; the same command resumes", file=sys.stderr)
-        return EXIT_RESUMABLE
+    results = loop.run(config)
+    folder = loop.export_chosen(config, results)
     console = Console()
     console.print(results_table(results["rows"]))
     for c in results["comparisons"]:
@@ -42,11 +31,6 @@ def main(arguments: Sequence[str]) -> int:
             f"{100 * c['high']:+.1f}]"
         )
     console.print(f"results {config.directory / 'results.json'}\nexport  {folder}")
-    return EXIT_OK
-
-
-def _line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 if __name__ == "__main__":

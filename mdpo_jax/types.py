@@ -22,7 +22,9 @@ class Role(enum.IntEnum):
 
     PROMPT = 0  # the question, with its template tokens
     ACTION = 1  # sampled by the policy: its text and its end-of-turn token, in every turn
-    OBSERVATION = 2  # the whole turn that carries the tool's output, its own header and end included
+    OBSERVATION = (
+        2  # the whole turn that carries the tool's output, its own header and end included
+    )
     TEMPLATE = 3  # what the harness puts around the policy's turns: closing newline, model header
 
 

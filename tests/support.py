@@ -18,7 +18,9 @@ SUITE = synthetic.Suite(mental_scale=0.5)
 def tokenizer():
     demos = synthetic.demonstrations(SUITE, 300, 0)
     headers = {"user": "user\n", "assistant": "model\n"}
-    return vocabulary.train_tokenizer((headers[m["role"]] + m["content"] for d in demos for m in d), 420)
+    return vocabulary.train_tokenizer(
+        (headers[m["role"]] + m["content"] for d in demos for m in d), 420
+    )
 
 
 @functools.cache

@@ -1,6 +1,6 @@
 import pytest
 
-from mdpo_jax.config import ConfigError, describe, differences, load_recipe, parse
+from mdpo_jax.config import ConfigError, describe, differences, from_dict, load_recipe, parse
 
 
 def test_overrides_are_typed_and_nested():
@@ -68,3 +68,11 @@ def test_every_field_is_described():
     rows = {flag: (kind, value) for flag, kind, value in describe(load_recipe("tiny"))}
     assert rows["--config.method"] == ("one of mdpo, dpo, raft", "'mdpo'")
     assert rows["--config.model.path"][0] == "str or none"
+
+
+@pytest.mark.parametrize("name", ["tiny", "gemma7b"])
+def test_a_config_comes_back_from_its_dict(name):
+    config = load_recipe(name)
+    assert from_dict(config.as_dict()) == config
+    with pytest.raises(ConfigError, match="unknown field of Train"):
+        from_dict({**config.as_dict(), "train": {"x": 1}})

@@ -221,7 +221,7 @@ class _Quarantine(contextlib.AbstractContextManager["_Quarantine"]):
             raise ProblemError(f"quarantine: {self._target} is the problem file; expected another")
         try:
             self._target.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self._partial, "w", encoding="utf-8")  # noqa: SIM115 - see __exit__
+            self._file = open(self._partial, "w", encoding="utf-8")
         except OSError as error:
             raise ProblemError(
                 f"quarantine: {self._target} cannot be written ({error.strerror})"

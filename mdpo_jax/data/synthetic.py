@@ -44,8 +44,12 @@ class Operation:
 
 
 OPERATIONS: tuple[Operation, ...] = (
-    Operation("add", ("add {b}", "put in {b} more"), "{a} + {b}", lambda a, b: a + b, (2, 99), 0.85),
-    Operation("sub", ("take away {b}", "remove {b}"), "{a} - {b}", lambda a, b: a - b, (2, 99), 0.85),
+    Operation(
+        "add", ("add {b}", "put in {b} more"), "{a} + {b}", lambda a, b: a + b, (2, 99), 0.85
+    ),
+    Operation(
+        "sub", ("take away {b}", "remove {b}"), "{a} - {b}", lambda a, b: a - b, (2, 99), 0.85
+    ),
     Operation("mul", ("multiply by {b}",), "{a} * {b}", lambda a, b: a * b, (2, 12), 0.75),
     Operation(
         "distance",

@@ -75,5 +75,7 @@ def _merges(processor: Any, vocab: dict[str, int]) -> list[tuple[str, str]]:
         if len(piece) < 2 or not learnt or processor.is_byte(index) or piece in SPECIALS:
             continue
         splits = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
-        merges += [(-processor.get_score(index), a, b) for a, b in splits if a in vocab and b in vocab]
+        merges += [
+            (-processor.get_score(index), a, b) for a, b in splits if a in vocab and b in vocab
+        ]
     return [(a, b) for _, a, b in sorted(merges, key=lambda m: m[0])]

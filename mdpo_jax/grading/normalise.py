@@ -28,8 +28,7 @@ def clean(answer: str) -> str:
 def exact_number(answer: str) -> Fraction | None:
     """The rational number that an answer plainly is, or None."""
     text = clean(answer)
-    # "1 1/2" is a mixed number or two answers, and not 11/2
-    if len(text) > _LONGEST_NUMBER or re.search(r"\d\s+[\d\\]", answer):
+    if len(text) > _LONGEST_NUMBER or is_mixed(answer):
         return None
     if _COMMAS.fullmatch(text):
         text = text.replace(",", "")
@@ -43,6 +42,11 @@ def exact_number(answer: str) -> Fraction | None:
     if match and int(match.group(2)):
         return Fraction(int(match.group(1)), int(match.group(2)))
     return None
+
+
+def is_mixed(answer: str) -> bool:
+    """Whether a space parts two numbers: "1 1/2" is a mixed number or two answers, not 11/2."""
+    return re.search(r"\d\s+[\d\\]", answer) is not None
 
 
 def brackets(answer: str) -> str | None:

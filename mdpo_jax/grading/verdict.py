@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 
 from mdpo_jax.grading.extract import extract_boxed
-from mdpo_jax.grading.normalise import brackets, clean, exact_number
+from mdpo_jax.grading.normalise import brackets, clean, exact_number, is_mixed
 from mdpo_jax.isolation.forkserver import ForkServer, Worker, WorkerDied
 from mdpo_jax.isolation.sandbox import MIB, Limits
 from mdpo_jax.types import Verdict
@@ -63,7 +63,7 @@ class Grader:
         a, b = exact_number(gold), exact_number(answer)
         if a is not None and b is not None:
             return Verdict("correct" if a == b else "wrong", "numeric", answer)
-        if clean(gold) == clean(answer):
+        if clean(gold) == clean(answer) and not is_mixed(gold) and not is_mixed(answer):
             return Verdict("correct", "normalised", answer)
         kinds = brackets(gold), brackets(answer)
         if None not in kinds and kinds[0] != kinds[1]:

@@ -52,9 +52,13 @@ class ForkServer:
     both travel as JSON.  `preload`: modules imported once, before the first fork.
     """
 
-    def __init__(self, target: str, preload: Sequence[str] = (), limits: Limits = Limits()):
+    def __init__(self, target: str, preload: Sequence[str] = (), limits: Limits | None = None):
         self._options = json.dumps(
-            {"target": target, "preload": list(preload), "limits": dataclasses.asdict(limits)}
+            {
+                "target": target,
+                "preload": list(preload),
+                "limits": dataclasses.asdict(limits or Limits()),
+            }
         )
         self._lock = threading.RLock()
         self._process: subprocess.Popen | None = None

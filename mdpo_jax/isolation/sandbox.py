@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import itertools
 import os
 import resource
 import signal
@@ -40,7 +41,7 @@ def apply(limits: Limits, folder: str, keep: Collection[int]) -> None:
     for stream in (0, 1, 2):
         os.dup2(null, stream)
     edges = [2, *sorted(keep), resource.getrlimit(resource.RLIMIT_NOFILE)[0]]
-    for low, high in zip(edges, edges[1:], strict=False):
+    for low, high in itertools.pairwise(edges):
         os.closerange(low + 1, high)
     os.chdir(folder)
     os.environ.clear()

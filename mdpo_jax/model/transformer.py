@@ -176,7 +176,7 @@ class Transformer(nn.Module):
             _rematerialised(self.remat),
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,
+            in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
             length=c.num_layers,
         )
         rope = _rope(c, positions_BT)
@@ -233,10 +233,15 @@ def _rotate(x_BTHK: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
     return jnp.concatenate(rotated, axis=-1).astype(x_BTHK.dtype)
 
 
+def _apply(model: nn.Module, params: Params, *arrays: Any) -> Any:
+    return model.apply({"params": params}, *arrays)
+
+
 def init_params(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> Params:
     """Random stacked parameters; jit it with `out_shardings` to create them on a mesh."""
     token = jnp.zeros((1, 1), jnp.int32)
-    return Transformer(config, dtype, dtype).init(key, token, token, token)["params"]
+    variables: Any = Transformer(config, dtype, dtype).init(key, token, token, token)
+    return variables["params"]
 
 
 def hidden_states(
@@ -258,7 +263,7 @@ def hidden_states(
     `jax.set_mesh(mesh)` activations are pinned to the mesh, rows over ("data", "fsdp").
     """
     model = Transformer(config, dtype, remat=remat, backend=backend)
-    return model.apply({"params": params}, tokens_BT, positions_BT, segments_BT)
+    return _apply(model, params, tokens_BT, positions_BT, segments_BT)
 
 
 def unembedding(params: Params) -> Float[Array, "vocab hidden"]:
@@ -329,4 +334,4 @@ def extend(
     end = cache[0]["values"].shape[2]
     writes_RT = jnp.where(steps_T < new_R[:, None], positions_RT, end + steps_T)
     model = Decoder(config, dtype)
-    return model.apply({"params": unstacked_params}, tokens_RT, positions_RT, writes_RT, cache)
+    return _apply(model, unstacked_params, tokens_RT, positions_RT, writes_RT, cache)

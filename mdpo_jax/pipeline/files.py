@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mdpo_jax.config import Config, ConfigError, differences
+from mdpo_jax.config import Config, ConfigError, differences, from_dict
 
 DONE = "done.json"
 
@@ -27,6 +28,14 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """The value of `write_json`."""
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_config(directory: Path) -> Config:
+    """The configuration of the run in `directory`; ConfigError if there is none."""
+    path = directory / "config.json"
+    if not path.is_file():
+        raise ConfigError(f"{directory}: not a run directory; expected config.json in it")
+    return dataclasses.replace(from_dict(read_json(path)), workdir=str(directory))
 
 
 def open_run(config: Config) -> Path:

@@ -125,9 +125,7 @@ def _compare(context: Context, last: int) -> list[dict[str, Any]]:
         before = correct(context.directory / "sft-test", "test", decoding)
         after = correct(context.directory / f"iteration-{last}" / "train-test", "test", decoding)
         interval = paired_interval(after, before, seed=context.config.seed)
-        out.append(
-            {"iteration": last, "versus": "sft", "decoding": decoding, **interval._asdict()}
-        )
+        out.append({"iteration": last, "versus": "sft", "decoding": decoding, **interval._asdict()})
     return out
 
 

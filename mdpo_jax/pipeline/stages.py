@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,9 @@ PARAMS, EARLIER = "params", "params-earlier"
 def prepare_problems(context: Context, folder: Path) -> dict[str, Any]:
     """Problem files of the run: iteration-1 ... iteration-T, dev and test, no problem in two."""
     config = context.config
-    counts = {f"iteration-{t}": config.problems.per_iteration for t in range(1, 1 + config.iterations)}
+    counts = {
+        f"iteration-{t}": config.problems.per_iteration for t in range(1, 1 + config.iterations)
+    }
     if config.problems.path is None:
         groups, quarantined = _synthetic(context, counts), 0
     else:
@@ -110,11 +114,10 @@ def sft(context: Context, folder: Path, advance: Advance) -> dict[str, Any]:
         for name in (PARAMS, EARLIER):
             checkpoint.save_params(folder / name, params)
         return {"steps": 0, "note": "no demonstrations: the SFT policy is model.path as it is"}
-    easy, mixed = _demonstrations(context)
-    batches = shuffled([[i] for i in mixed], settings.batch, seed)
-    if settings.easy_steps:
-        first = shuffled([[i] for i in easy], settings.batch, seed)
-        batches = _then(first, settings.easy_steps, batches)
+    parts = _demonstrations(context)
+    batches = _in_turn(
+        [(n, shuffled([[i] for i in items], settings.batch, seed)) for n, items in parts]
+    )
     plan = Plan(
         settings.batch, settings.steps, settings.learning_rate, settings.warmup_steps,
         settings.final_lr_fraction, seed,
@@ -136,28 +139,34 @@ def sft(context: Context, folder: Path, advance: Advance) -> dict[str, Any]:
             copy_params(params), batches, plan, Objective("likelihood"), report=report, keep=keep
         )
     checkpoint.save_params(folder / PARAMS, final)
-    return {"steps": settings.steps, "demonstrations": len(mixed), "policy": fingerprint(final)}
+    return {
+        "steps": settings.steps,
+        "demonstrations": len(parts[-1][1]),
+        "policy": fingerprint(final),
+    }
 
 
-def _then(first: Any, count: int, rest: Any) -> Any:
-    for _ in range(count):
-        yield next(first)
-    yield from rest
+def _in_turn(parts: Sequence[tuple[int, Iterator[Any]]]) -> Iterator[Any]:
+    """So many batches of each part, and the last part for ever."""
+    for count, batches in parts[:-1]:
+        yield from itertools.islice(batches, count)
+    yield from parts[-1][1]
 
 
-def _demonstrations(context: Context) -> tuple[list[Item], list[Item]]:
-    """Packed-ready demonstrations: of one-operation problems, and of all."""
+def _demonstrations(context: Context) -> list[tuple[int, list[Item]]]:
+    """(steps, demonstrations) of each part of the curriculum; the last one's steps do not count."""
     config, settings = context.config, context.config.sft
     if settings.path is not None:
-        conversations = _read_conversations(Path(settings.path))
-        items = _items(context, conversations)
-        return items, items
-    easy = synthetic.Suite(**{**suite(config).__dict__, "steps": (1.0,)})
-    half = max(1, settings.demonstrations // 2)
-    return (
-        _items(context, synthetic.demonstrations(easy, half, config.seed)),
-        _items(context, synthetic.demonstrations(suite(config), settings.demonstrations, config.seed)),
-    )
+        return [(0, _items(context, _read_conversations(Path(settings.path))))]
+    last = suite(config)
+    skill = dataclasses.replace(last, mental_scale=settings.skill_mental_scale)
+    easy = dataclasses.replace(skill, steps=(1.0,))
+    parts = [(settings.easy_steps, easy), (settings.skill_steps, skill), (0, last)]
+    return [
+        (steps, _items(context, synthetic.demonstrations(s, settings.demonstrations, config.seed)))
+        for steps, s in parts
+        if steps or s is last
+    ]
 
 
 def _read_conversations(path: Path) -> list[list[dict[str, str]]]:

@@ -133,8 +133,8 @@ def _plain(value: Any, name: str, non_finite: list[str]) -> Any:
 
 
 def pass_at_k_by_problem(
-    correct: Int[np.ndarray, "problems"], n: int, k: int
-) -> Float[np.ndarray, "problems"]:
+    correct: Int[np.ndarray, " problems"], n: int, k: int
+) -> Float[np.ndarray, " problems"]:
     """Unbiased chance that at least one of k samples is right, for each problem.
 
     `correct` counts the right ones among the n samples of each problem.  1 - C(n-c, k) / C(n, k) of
@@ -157,7 +157,7 @@ def pass_at_k_by_problem(
     return 1.0 - missed[counts.astype(np.int64)]
 
 
-def pass_at_k(correct: Int[np.ndarray, "problems"], n: int, k: int) -> float:
+def pass_at_k(correct: Int[np.ndarray, " problems"], n: int, k: int) -> float:
     """Mean of `pass_at_k_by_problem` over the problems, in [0, 1]; nan without a problem."""
     values = pass_at_k_by_problem(correct, n, k)
     return float(values.mean()) if values.size else math.nan
@@ -182,7 +182,7 @@ def wilson_interval(successes: int, n: int, z: float = 1.96) -> tuple[float, flo
 
 
 def bootstrap_interval(
-    values: Float[np.ndarray, "problems"], seed: int, samples: int = 2000, level: float = 0.95
+    values: Float[np.ndarray, " problems"], seed: int, samples: int = 2000, level: float = 0.95
 ) -> tuple[float, float]:
     """Percentile bootstrap of the mean over problems (Efron 1979, Ann. Statist. 7:1), (low, high).
 
@@ -207,8 +207,8 @@ def bootstrap_interval(
 
 
 def paired_interval(
-    a: Float[np.ndarray, "problems"],
-    b: Float[np.ndarray, "problems"],
+    a: Float[np.ndarray, " problems"],
+    b: Float[np.ndarray, " problems"],
     seed: int,
     samples: int = 2000,
     level: float = 0.95,

@@ -85,9 +85,7 @@ def training_plot(
     _finish(figure, path)
 
 
-def pass_at_k_plot(
-    series: Mapping[str, Mapping[int, float]], path: str | os.PathLike[str]
-) -> None:
+def pass_at_k_plot(series: Mapping[str, Mapping[int, float]], path: str | os.PathLike[str]) -> None:
     """Share of problems with a right answer among k samples, against k on a log axis.
 
     series: name of the policy -> k -> pass@k in [0, 1].

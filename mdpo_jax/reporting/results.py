@@ -71,6 +71,7 @@ def _reading_order(line: ResultLine) -> tuple[int, str, int, str, int]:
 
 
 def stage_name(stage: str) -> str:
+    """How a stage is written for people."""
     return STAGE_NAMES.get(stage, stage)
 
 
@@ -86,11 +87,13 @@ def number(value: Any) -> float | None:
 
 
 def percent(share: float | None) -> str:
+    """A share in percent, one decimal."""
     # "100" rather than "100.0": two such in an interval would push a table over 80 columns.
     return MISSING if share is None else f"{100 * share:.1f}".replace("100.0", "100")
 
 
 def decimals(value: float | None, places: int) -> str:
+    """A number with so many decimals, or the mark of a missing one."""
     return MISSING if value is None else f"{value:.{places}f}"
 
 

@@ -71,9 +71,7 @@ class Sampler:
         self._unstack = jax.jit(
             lambda p: jax.tree.map(lambda x: x.astype(self._dtype), transformer.unstack(p))
         )
-        self._extend = jax.jit(
-            functools.partial(_extend, config, self._dtype), donate_argnums=(1,)
-        )
+        self._extend = jax.jit(functools.partial(_extend, config, self._dtype), donate_argnums=(1,))
         self._decode = jax.jit(
             functools.partial(_decode, config, self._dtype, shapes.block, stop_ids),
             donate_argnums=(1,),

@@ -57,9 +57,7 @@ class Trainer:
         StepZeroError before anything is kept if `check_step_zero` and the first loss is not ln 2.
         """
         step = make_step(self.config, self.forward, objective, self.optimiser, self.mesh)
-        rate = schedule(
-            plan.learning_rate, plan.warmup_steps, plan.steps, plan.final_lr_fraction
-        )
+        rate = schedule(plan.learning_rate, plan.warmup_steps, plan.steps, plan.final_lr_fraction)
         state = init_state(params, self.optimiser)
         for index in range(plan.steps):
             batch = pack(next(batches), self.layout)

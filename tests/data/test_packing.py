@@ -14,9 +14,7 @@ def make(length, value=1):
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), min_size=1, max_size=20))
 def test_every_pair_is_there_once_and_whole(lengths):
-    pairs = [
-        (make(a, 100 * i + 1), make(b, 100 * i + 51)) for i, (a, b) in enumerate(lengths)
-    ]
+    pairs = [(make(a, 100 * i + 1), make(b, 100 * i + 51)) for i, (a, b) in enumerate(lengths)]
     batch = pack(pairs, Layout(3, 16, 8))
     tokens = unpack(batch.tokens, batch)
     found = set()

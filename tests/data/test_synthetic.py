@@ -46,9 +46,7 @@ def test_demonstrations_are_right_by_the_real_tool():
 
 
 def test_noise_and_forgotten_imports_occur():
-    texts = [
-        m["content"] for d in synthetic.demonstrations(synthetic.Suite(), 300, 0) for m in d
-    ]
+    texts = [m["content"] for d in synthetic.demonstrations(synthetic.Suite(), 300, 0) for m in d]
     assert any("Warning: " in t for t in texts)
     assert any(synthetic.NO_MATH in t for t in texts)
 

@@ -69,7 +69,9 @@ def test_a_text_without_answer_is_wrong(grader):
     assert (verdict.label, verdict.rule) == ("wrong", "no_answer")
 
 
-@pytest.mark.parametrize("answer", ["9^{9^{9^9}}", "(" * 400 + "1" + ")" * 400, "10**10**10", "(10^8)!"])
+@pytest.mark.parametrize(
+    "answer", ["9^{9^{9^9}}", "(" * 400 + "1" + ")" * 400, "10**10**10", "(10^8)!"]
+)
 def test_hostile_answers_are_never_right_and_never_hang(grader, answer):
     assert not grader.grade_answer(r"\pi", answer).correct
     assert grader.grade_answer(r"\pi+1", r"1+\pi").correct
@@ -79,7 +81,9 @@ def test_threads_give_the_same_verdicts(grader):
     out = []
 
     def work():
-        out.append([grader.grade_answer(rf"{k}\sqrt{{2}}", rf"\sqrt{{{2 * k * k}}}").label for k in (2, 3)])
+        out.append(
+            [grader.grade_answer(rf"{k}\sqrt{{2}}", rf"\sqrt{{{2 * k * k}}}").label for k in (2, 3)]
+        )
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for t in threads:
@@ -89,7 +93,9 @@ def test_threads_give_the_same_verdicts(grader):
     assert out == [["correct"] * 2] * 4
 
 
-@pytest.mark.skipif(not CASES.exists(), reason="the shared grader cases are not beside the checkout")
+@pytest.mark.skipif(
+    not CASES.exists(), reason="the shared grader cases are not beside the checkout"
+)
 def test_shared_cases_have_no_false_positive(grader):
     rows = [json.loads(line) for line in CASES.read_text().splitlines()]
     core = [r for r in rows if r["policy"] is None and r["form"] == "answer"]

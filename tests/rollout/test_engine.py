@@ -64,13 +64,16 @@ def requests(samples=2):
     return [Request(p, s, "0/test") for p in PROBLEMS for s in range(samples)]
 
 
+@jax.jit
+def _scores(p, tokens):
+    places = jnp.arange(tokens.shape[1])[None]
+    hidden = transformer.hidden_states(model_config(), p, tokens, places, jnp.ones_like(tokens))
+    return jax.nn.log_softmax(transformer.logits(model_config(), p, hidden)[0])
+
+
 def next_log_probs(ids):
-    tokens = jnp.asarray(ids)[None]
-    places = jnp.arange(len(ids))[None]
-    hidden = transformer.hidden_states(
-        model_config(), params(), tokens, places, jnp.ones_like(tokens)
-    )
-    return np.asarray(jax.nn.log_softmax(transformer.logits(model_config(), params(), hidden)[0]))
+    """[length V] by one full forward; the padding behind saves compilations."""
+    return np.asarray(_scores(params(), jnp.asarray(np.pad(ids, (0, 256 - len(ids))))[None]))
 
 
 def test_greedy_trajectories_equal_full_recomputation(always_tool):

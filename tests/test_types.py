@@ -3,8 +3,8 @@ import pytest
 
 from mdpo_jax.types import EmptyActionError, Pair, Role, Trajectory, loss_mask
 
-P, A, O, T = Role.PROMPT, Role.ACTION, Role.OBSERVATION, Role.TEMPLATE
-ROLES = np.array([P, P, A, A, T, O, O, T, T, A, A], np.uint8)
+P, A, OBS, T = Role.PROMPT, Role.ACTION, Role.OBSERVATION, Role.TEMPLATE
+ROLES = np.array([P, P, A, A, T, OBS, OBS, T, T, A, A], np.uint8)
 
 
 def trajectory(roles, problem="p", ids=None):
@@ -40,12 +40,12 @@ def test_turns_are_runs_of_action_tokens():
     t = trajectory(ROLES)
     assert t.turns == 2
     assert t.actions == [slice(2, 4), slice(9, 11)]
-    assert [role for role, _ in t.segments] == [P, A, T, O, T, A]
+    assert [role for role, _ in t.segments] == [P, A, T, OBS, T, A]
 
 
 def test_a_trajectory_without_action_is_refused():
     with pytest.raises(EmptyActionError, match="no action token among 3"):
-        trajectory([P, O, T])
+        trajectory([P, OBS, T])
 
 
 def test_lengths_must_agree():

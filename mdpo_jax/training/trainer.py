@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -61,7 +62,8 @@ class Trainer:
         state = init_state(params, self.optimiser)
         for index in range(plan.steps):
             batch = pack(next(batches), self.layout)
-            state, metrics = step(state, put(batch, self.mesh), np.float32(rate(index)))
+            with self._on_mesh():
+                state, metrics = step(state, put(batch, self.mesh), np.float32(rate(index)))
             values = {name: float(value) for name, value in metrics.items()}
             if index == 0 and check_step_zero:
                 self._check(values)
@@ -82,7 +84,8 @@ class Trainer:
                 for i, it in enumerate(items[start : start + batch])
             ]
             packed = pack([[entry] for entry in chunk], self.layout)
-            values = np.asarray(scorer(params, put(packed, self.mesh)))
+            with self._on_mesh():
+                values = np.asarray(scorer(params, put(packed, self.mesh)))
             names = unpack(packed.reference, packed)
             for slot, scores in unpack(values, packed).items():
                 scores[0] = 0.0  # nothing precedes it
@@ -93,6 +96,10 @@ class Trainer:
         """How many programs the step of this objective has compiled."""
         step = make_step(self.config, self.forward, objective, self.optimiser, self.mesh)
         return step._cache_size()
+
+    def _on_mesh(self) -> contextlib.AbstractContextManager:
+        """Inside, activations are pinned to the mesh (model/sharding.py)."""
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def _check(self, metrics: dict[str, float]) -> None:
         tolerance = 1e-5 if self.forward.dtype == "float32" else 1e-2

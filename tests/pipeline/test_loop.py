@@ -1,0 +1,157 @@
+"""The whole loop on a model too small to learn: every stage, its files, and what a kill leaves."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from mdpo_jax import export, train
+from mdpo_jax.config import parse
+from mdpo_jax.data import store
+from mdpo_jax.pipeline import files
+
+SMALL = [
+    "--config=tiny", "--config.iterations=2", "--config.model.hidden_size=16",
+    "--config.model.intermediate_size=16", "--config.model.num_layers=1",
+    "--config.model.head_dim=8", "--config.sft.steps=6", "--config.sft.easy_steps=2",
+    "--config.sft.skill_steps=2", "--config.sft.demonstrations=40", "--config.sft.batch=4",
+    "--config.problems.per_iteration=4", "--config.problems.dev=4", "--config.problems.test=6",
+    "--config.rollout.slots=8", "--config.rollout.chunk_problems=2", "--config.rollout.samples=2",
+    "--config.rollout.previous_samples=1", "--config.rollout.turn_tokens=8",
+    "--config.rollout.trajectory_tokens=12", "--config.train.rows=4",
+    "--config.pairs.keep_limit=true", "--config.evaluate.pass_problems=2", "--config.mesh.fsdp=1", "--config.train.batch_pairs=2",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run; random answers are graded by chance so that pairs exist."""
+    folder = tmp_path_factory.mktemp("run") / "r"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mdpo_jax.pipeline.evaluation._verdict", _by_parity)
+        assert train.main([*SMALL, f"--config.workdir={folder}"]) == 0
+    return folder
+
+
+def _by_parity(context, gold, trajectory):
+    from mdpo_jax.types import Verdict
+
+    return Verdict("correct" if trajectory.ids.sum() % 2 else "wrong", "parity", "0")
+
+
+@pytest.fixture
+def graded_by_parity(monkeypatch):
+    monkeypatch.setattr("mdpo_jax.pipeline.evaluation._verdict", _by_parity)
+    # Limit-cut trajectories are all there are.
+    return monkeypatch
+
+
+def test_results_hold_what_others_script_against(finished):
+    results = json.loads((finished / "results.json").read_text())
+    assert results["config"]["name"] == "tiny"
+    fields = {
+        "stage", "iteration", "split", "decoding", "accuracy", "low", "high", "n", "mean_turns",
+        "tool_error_rate",
+    }  # fmt: skip
+    for row in results["rows"]:
+        assert fields <= row.keys()
+        assert row["low"] <= row["accuracy"] <= row["high"]
+    test = {(r["iteration"], r["decoding"]) for r in results["rows"] if r["split"] == "test"}
+    assert {(0, "greedy"), (0, "sampled"), (2, "greedy"), (2, "sampled")} <= test
+
+
+def test_problem_sets_are_disjoint(finished):
+    names = ("dev", "test", "iteration-1", "iteration-2")
+    sets = [
+        {row["id"] for row in store.read_lines(finished / "problems" / f"{n}.jsonl.gz")}
+        for n in names
+    ]
+    assert sum(map(len, sets)) == len(set.union(*sets)) == 18
+
+
+def test_a_finished_run_does_nothing_again(finished):
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("done.json")}
+    assert train.main([*SMALL, f"--config.workdir={finished}"]) == 0
+    assert before == {p: p.stat().st_mtime_ns for p in finished.rglob("done.json")}
+
+
+def test_a_run_that_was_cut_ends_in_the_same_place(finished, tmp_path, graded_by_parity):
+    """What a kill in the second iteration's rollout leaves: one chunk, and no done.json after it."""
+    again = tmp_path / "again"
+    shutil.copytree(finished, again)
+    (again / "results.json").unlink()
+    shutil.rmtree(again / "export")
+    for name in ("train", "train-dev", "train-test", "reference", "pairs"):
+        shutil.rmtree(again / "iteration-2" / name)
+    (again / "iteration-2" / "rollout" / "done.json").unlink()
+    chunks = sorted((again / "iteration-2" / "rollout").glob("*.gz"))
+    assert len(chunks) > 2
+    for chunk in chunks[1:]:
+        chunk.unlink()
+    assert train.main([*SMALL, f"--config.workdir={again}"]) == 0
+    for name in ("rollout/000-000002.jsonl.gz", "pairs/pairs.jsonl.gz", "reference/pairs.jsonl.gz"):
+        ours, theirs = (d / "iteration-2" / name for d in (again, finished))
+        assert ours.read_bytes() == theirs.read_bytes(), name
+    a, b = (json.loads((d / "results.json").read_text())["rows"] for d in (again, finished))
+    assert a == b
+
+
+def test_another_configuration_is_refused(finished, capsys):
+    code = train.main([*SMALL, f"--config.workdir={finished}", "--config.train.eta=0.5"])
+    assert code == 2
+    assert "train.eta: 1.0 -> 0.5" in capsys.readouterr().err
+
+
+def test_export_writes_a_folder_and_never_twice(finished, tmp_path, capsys):
+    from mdpo_jax.model.policy import load_policy
+
+    out = tmp_path / "hf"
+    arguments = ["--checkpoint", str(finished), "--iteration", "0", "--out", str(out)]
+    assert export.main(arguments) == 0
+    policy = load_policy(out)
+    assert np.isfinite(np.asarray(policy.logits([[2, 5, 6]]))).all()
+    assert export.main(arguments) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert export.main(["--checkpoint", str(tmp_path), "--out", str(tmp_path / "x")]) == 2
+    assert "not a run directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--config.train.etaa=1", "did you mean 'eta'?"),
+        ("--config.workdir=/proc/nowhere", "expected a writable folder"),
+        ("--config.problems.path=/nowhere.jsonl", "/nowhere.jsonl"),
+        ("--config.model.path=/nowhere", "/nowhere"),
+    ],
+)
+def test_wrong_input_ends_in_one_line_and_2(argument, message, tmp_path, capsys):
+    assert train.main([*SMALL, f"--config.workdir={tmp_path / 'w'}", argument]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_help_lists_every_field(capsys):
+    assert train.main(["--help"]) == 0
+    assert "--config.train.eta=1.0  (float)" in capsys.readouterr().out
+
+
+def test_a_stage_that_was_cut_starts_anew(tmp_path):
+    calls = []
+
+    def work(folder):
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError
+        return {"n": len(calls)}
+
+    with pytest.raises(RuntimeError):
+        files.stage(tmp_path / "s", work)
+    assert files.stage(tmp_path / "s", work) == {"n": 2}
+    assert files.stage(tmp_path / "s", work) == {"n": 2}
+
+
+def test_the_recipe_parses_with_the_tests_overrides():
+    assert parse(SMALL).iterations == 2

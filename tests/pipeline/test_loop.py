@@ -20,7 +20,8 @@ SMALL = [
     "--config.rollout.slots=8", "--config.rollout.chunk_problems=2", "--config.rollout.samples=2",
     "--config.rollout.previous_samples=1", "--config.rollout.turn_tokens=8",
     "--config.rollout.trajectory_tokens=12", "--config.train.rows=4",
-    "--config.pairs.keep_limit=true", "--config.evaluate.pass_problems=2", "--config.mesh.fsdp=1", "--config.train.batch_pairs=2",
+    "--config.pairs.keep_limit=true", "--config.evaluate.pass_problems=2",
+    "--config.mesh.fsdp=1", "--config.train.batch_pairs=2",
 ]  # fmt: skip
 
 

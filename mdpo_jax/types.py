@@ -203,5 +203,6 @@ class PackedBatch:
 
     @property
     def fill(self) -> float:
-        """Share of row positions that hold a token."""
-        return float((self.segments > 0).mean())
+        """Share of row positions that hold a token, over the micro-batches that hold any."""
+        used = self.segments[self.sequence_mask.any(axis=1)]
+        return float((used > 0).mean()) if used.size else 0.0

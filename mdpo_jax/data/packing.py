@@ -17,6 +17,8 @@ import numpy as np
 
 from mdpo_jax.types import MaskName, PackedBatch, Pair, Trajectory, loss_mask
 
+FEWEST_MICROS = 4
+
 
 class Item(NamedTuple):
     """One sequence to pack; all arrays are [length]."""
@@ -75,7 +77,8 @@ def pack(groups: Sequence[Sequence[Item]], layout: Layout) -> PackedBatch:
     """Pack groups that must share a micro-batch: pairs as (chosen, rejected), or single sequences.
 
     First fit, longest group first, into rows and then into as many micro-batches as it takes; the
-    micro-batch axis is padded to a power of two so that few shapes occur.  Raises ValueError for a
+    micro-batch axis is padded to a power of two, 4 at least, so that few shapes occur; the step
+    skips empty ones.  Raises ValueError for a
     sequence longer than a row or a group that no empty micro-batch can hold.
     """
     order = sorted(range(len(groups)), key=lambda g: (-sum(len(i.ids) for i in groups[g]), g))
@@ -89,7 +92,7 @@ def pack(groups: Sequence[Sequence[Item]], layout: Layout) -> PackedBatch:
                     f"packing: sequences of {lengths} tokens do not fit into {layout.rows} rows of "
                     f"{layout.row_length} tokens; drop them or raise train.row_length"
                 )
-    count = 1 << (max(1, len(micros)) - 1).bit_length()
+    count = max(FEWEST_MICROS, 1 << (max(1, len(micros)) - 1).bit_length())
     micros += [_Micro(layout) for _ in range(count - len(micros))]
     return PackedBatch(
         **{

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mdpo_jax.config import Config
+from mdpo_jax.config import Config, ConfigError
 from mdpo_jax.pipeline import stages
 from mdpo_jax.pipeline.context import Context
 from mdpo_jax.pipeline.evaluation import Advance, correct, evaluate
@@ -56,6 +56,24 @@ def _run(context: Context) -> dict[str, Any]:
     }
     write_json(directory / "results.json", results)
     return results
+
+
+def evaluate_again(config: Config, iteration: int, split: str) -> list[dict[str, Any]]:
+    """Rows of one iteration of a run on one split; ConfigError if it is not trained yet."""
+    directory = config.directory
+    folder = directory / ("sft" if iteration == 0 else f"iteration-{iteration}/train")
+    if not (folder / stages.PARAMS).is_dir():
+        raise ConfigError(
+            f"--iteration={iteration}: {folder} has no parameters; expected 0 (SFT) to "
+            f"{config.iterations} of a run that got so far"
+        )
+    context = Context(config, directory)
+    try:
+        name = config.method if iteration else "sft"
+        problems = stages.read_problems(context, split)
+        return _evaluate(context, folder, name, iteration, problems, split)
+    finally:
+        context.close()
 
 
 def _iterate(context: Context, folder: Path, t: int, policies: list[Path]) -> None:

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 # The yellow of the eight is left out: it does not show on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_STAGE_COLOURS = dict(zip(("mdpo", "dpo", "raft", "mkto", "sft"), COLOURS, strict=False))
 _GREY = "#5f6368"
+_STAGE_COLOURS = dict(zip(("mdpo", "dpo", "raft", "mkto"), COLOURS, strict=False)) | {"sft": _GREY}
 _SUFFIXES = (".svg", ".png")
 _SMOOTHED_FROM = 40  # points; fewer are shown as they are
 
@@ -75,12 +75,11 @@ def training_plot(
         _title(axes[0][j], name)
         for i, (label, fields) in enumerate(panels):
             ax = axes[i][j]
-            for (field, short), colour in zip(fields, COLOURS, strict=False):
-                _curve(ax, records, field, short, colour)
+            # Named once a row, at its right end: names between panels would push them apart.
+            last = not any(_has(later, fields) for _, later in named[j + 1 :])
+            _curves(ax, records, fields, last)
             if j == 0:
                 ax.set_ylabel(label)
-            if not _has(records, fields):
-                _nothing(ax)
         axes[-1][j].set_xlabel("step")
     _finish(figure, path)
 
@@ -168,26 +167,38 @@ def _has(records: Iterable[Mapping[str, Any]], fields: Iterable[tuple[str, str]]
     return any(number(record.get(field)) is not None for record in records for field, _ in fields)
 
 
-def _curve(
-    ax: Axes, records: Sequence[Mapping[str, Any]], field: str, name: str, colour: str
+def _curves(
+    ax: Axes,
+    records: Sequence[Mapping[str, Any]],
+    fields: Sequence[tuple[str, str]],
+    named: bool,
 ) -> None:
-    points = [
-        (x, y)
-        for i, record in enumerate(records)
-        if (y := number(record.get(field))) is not None
-        and (x := number(record.get("step", i))) is not None
-    ]
-    if not points:
-        return
-    x, y = np.array(points).T
-    mean = y
-    if len(points) >= _SMOOTHED_FROM:
-        ax.plot(x, y, ".", color=colour, alpha=0.25, markersize=2.5, markeredgewidth=0)
-        mean = _running_mean(y, len(points) // 20)
-    marker = "-o" if len(points) < 12 else "-"
-    ax.plot(x, mean, marker, color=colour, linewidth=1.5, markersize=3)
-    if name:
-        _name_ends(ax, [(x[-1], mean[-1], name, colour)])
+    ends: list[tuple[float, float, str, str]] = []
+    for (field, name), colour in zip(fields, COLOURS, strict=False):
+        points = [
+            (x, y)
+            for i, record in enumerate(records)
+            if (y := number(record.get(field))) is not None
+            and (x := number(record.get("step", i))) is not None
+        ]
+        if points:
+            end = _curve(ax, np.array(points), colour)
+            ends.append((*end, name, colour))
+    if not ends:
+        _nothing(ax)
+    elif named:
+        _name_ends(ax, ends)
+
+
+def _curve(ax: Axes, points: np.ndarray, colour: str) -> tuple[float, float]:
+    """Draw points [n, 2]; returns the last point of the line."""
+    x, y = points.T
+    if len(y) >= _SMOOTHED_FROM:
+        ax.plot(x, y, ".", color=colour, alpha=0.45, markersize=2.5, markeredgewidth=0)
+        y = _running_mean(y, len(y) // 20)
+    marker = "-o" if len(y) < 12 else "-"
+    ax.plot(x, y, marker, color=colour, linewidth=1.5, markersize=3)
+    return float(x[-1]), float(y[-1])
 
 
 def _running_mean(values: np.ndarray, half: int) -> np.ndarray:
@@ -225,7 +236,9 @@ def _title(ax: Axes, text: str) -> None:
 
 def _nothing(ax: Axes) -> None:
     ax.text(0.5, 0.5, "not recorded", transform=ax.transAxes, ha="center", va="center", color=_GREY)
-    ax.set_xticks([])
+    # Hidden, not removed: other panels share the axis.
+    ax.tick_params(left=False, labelleft=False, bottom=False, labelbottom=False)
+    ax.spines[:].set_visible(False)
     ax.yaxis.grid(False)
 
 
@@ -238,9 +251,10 @@ def _name_ends(ax: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
     room = 11.0 * ax.figure.dpi / 72.0  # one line of 9-point text
     order = sorted(range(len(ends)), key=lambda i: ends[i][1])
     wanted = np.array([pixels.transform(ends[i][:2])[1] for i in order])
+    placed = _spread(wanted, room)
     for at, i in enumerate(order):
         x, y, name, colour = ends[i]
-        shift = (_spread(wanted, room)[at] - wanted[at]) * 72.0 / ax.figure.dpi
+        shift = (placed[at] - wanted[at]) * 72.0 / ax.figure.dpi
         ax.annotate(
             name,
             (x, y),

@@ -149,8 +149,12 @@ def loss_and_gradients(
         return jax.tree.map(jnp.add, gradients, more), merged
 
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, 0))
-    filled = jnp.sum(jnp.any(batch["sequence_mask"] > 0, axis=1))
-    return jax.lax.fori_loop(0, filled, body, zeros)
+    return jax.lax.fori_loop(0, _filled(batch), body, zeros)
+
+
+def _filled(batch: Arrays) -> Array:
+    """How many micro-batches hold a sequence; the empty ones are the last."""
+    return jnp.sum(jnp.any(batch["sequence_mask"] > 0, axis=1))
 
 
 @functools.lru_cache(maxsize=8)
@@ -188,7 +192,11 @@ def make_scorer(config: ModelConfig, forward: Forward):
     """`score(params, batch) -> [M R L]` log-probs by the trainer's own forward, jitted once."""
 
     def score(params: Any, batch: Arrays) -> Float[Array, "micros rows length"]:
-        micros = {name: batch[name] for name in ("tokens", "positions", "segments")}
-        return jax.lax.map(lambda micro: log_probs(config, forward, params, micro), micros)
+        def one(index, values):
+            micro = {name: batch[name][index] for name in ("tokens", "positions", "segments")}
+            return values.at[index].set(log_probs(config, forward, params, micro))
+
+        nothing = jnp.zeros(batch["tokens"].shape, jnp.float32)
+        return jax.lax.fori_loop(0, _filled(batch), one, nothing)
 
     return jax.jit(score)

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from mdpo_jax import export, train
+from mdpo_jax import evaluate, export, train
 from mdpo_jax.config import parse
 from mdpo_jax.data import store
 from mdpo_jax.pipeline import files
@@ -116,6 +116,15 @@ def test_export_writes_a_folder_and_never_twice(finished, tmp_path, capsys):
     assert "exists already" in capsys.readouterr().err
     assert export.main(["--checkpoint", str(tmp_path), "--out", str(tmp_path / "x")]) == 2
     assert "not a run directory" in capsys.readouterr().err
+
+
+def test_evaluate_reads_what_is_done_and_makes_what_is_not(finished, capsys):
+    results = json.loads((finished / "results.json").read_text())
+    assert evaluate.main(["--checkpoint", str(finished), "--iteration", "2"]) == 0
+    row = next(r for r in results["rows"] if (r["iteration"], r["split"]) == (2, "test"))
+    assert f"{100 * row['accuracy']:.1f}".replace("100.0", "100") in capsys.readouterr().out
+    assert evaluate.main(["--checkpoint", str(finished), "--iteration", "7"]) == 2
+    assert "has no parameters; expected 0 (SFT) to 2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

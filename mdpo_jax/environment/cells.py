@@ -33,8 +33,9 @@ class _Capped(io.StringIO):
 def serve(argument: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, str]]:
     """A handler with one namespace, seeded; request {"blocks": [...]}, answer {"text", "status"}."""
     random.seed(argument["seed"])
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed(argument["seed"])
+    for name in ("numpy.random", "sympy.core.random"):
+        if name in sys.modules:
+            sys.modules[name].seed(argument["seed"])
     namespace: dict[str, Any] = {"__name__": "__main__", "__builtins__": __builtins__}
 
     def handle(request: dict[str, Any]) -> dict[str, str]:
@@ -58,8 +59,7 @@ def _run_cell(code: str, namespace: dict[str, Any], most: int) -> dict[str, str]
         return _answer("MemoryError", "memory")
     except BaseException as error:
         # SystemExit and KeyboardInterrupt too: a cell must not end the worker
-        line = traceback.format_exception_only(type(error), error)[-1].strip()
-        return _answer(line or type(error).__name__, "error")
+        return _answer(_one_line(error), "error")
     return _answer(out.getvalue().rstrip("\n") or NOTHING, "ok")
 
 
@@ -78,3 +78,14 @@ def _execute(code: str, namespace: dict[str, Any]) -> None:
 
 def _answer(text: str, status: str) -> dict[str, str]:
     return {"text": text.encode("utf-8", "replace").decode("utf-8"), "status": status}
+
+
+def _one_line(error: BaseException) -> str:
+    """`Name: message` as IPython ends its report: no module before the name, no blank lines."""
+    if isinstance(error, SyntaxError):
+        return traceback.format_exception_only(type(error), error)[-1].strip()
+    try:
+        message = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    except Exception:
+        message = "<exception str() failed>"  # what Python itself prints then
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__

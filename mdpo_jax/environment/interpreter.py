@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 from mdpo_jax.environment.cells import NOTHING
 from mdpo_jax.environment.tool import Observation, Status, code_blocks
@@ -37,6 +38,9 @@ class PythonInterpreter:
         cache: bool = False,
     ):
         limits = Limits(address_space_bytes=memory_mb * MIB)
+        if "numpy" in preload:
+            # numpy loads it at first use, which would be in every single worker: 25 ms each
+            preload = (*preload, "numpy.random")
         self._server = ForkServer("mdpo_jax.environment.cells:serve", preload, limits)
         self._pool = ThreadPoolExecutor(workers or 2 * (os.cpu_count() or 1), "tool")
         self._timeout = timeout
@@ -121,12 +125,24 @@ class _Session:
                 self._worker.call({"blocks": self._alive}, timeout=self._tool._timeout)
         self._tool.executed += 1
         answer = self._worker.call({"blocks": blocks}, timeout=self._tool._timeout)
-        if not (isinstance(answer, dict) and {"text", "status"} <= answer.keys()):
+        text, status = _checked(answer)
+        if text is None:
             self._drop()
             raise WorkerDied("killed")
-        return str(answer["text"]), answer["status"]
+        return text, status
 
     def _drop(self) -> None:
         if self._worker is not None:
             self._worker.close()
             self._worker = None
+
+
+def _checked(answer: Any) -> tuple[str | None, Status]:
+    """Text and status of an answer; no text if it is not one that `cells` gives."""
+    if not isinstance(answer, dict):
+        return None, "killed"
+    text, status = answer.get("text"), answer.get("status")
+    if not isinstance(text, str) or status not in ("ok", "error", "memory", "output_limit"):
+        return None, "killed"
+    # an answer may carry "\\ud800", which JSON allows and UTF-8 does not
+    return text.encode("utf-8", "replace").decode("utf-8")[: 2 * _OUTPUT_CHARS], status

@@ -9,6 +9,8 @@ _NUMBER = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)")
 _FRACTION = re.compile(r"([+-]?)\\?[dt]?frac\{(-?\d+)\}\{(-?\d+)\}")
 _RATIO = re.compile(r"([+-]?\d+)/(\d+)")
 _COMMAS = re.compile(r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
+# A gap, LaTeX's own kinds too, before a digit or a command, but not that in "1\,000".
+_MIXED = re.compile(r"\d(?:\s|\\[,;:> ]|\\q?quad|\\text\{\s*\})+(?!\d{3}(?![\d/.]))[\d\\]")
 _LONGEST_NUMBER = 400  # digits; longer ones go to the worker, which can be killed
 
 
@@ -18,7 +20,7 @@ def clean(answer: str) -> str:
     for old, new in (
         ("\\left", ""), ("\\right", ""), ("\\!", ""), ("\\,", ""), ("\\;", ""), ("\\ ", ""),
         ("\\$", ""), ("dfrac", "frac"), ("tfrac", "frac"), ("\\%", "%"), ("^\\circ", ""),
-        ("^{\\circ}", ""),
+        ("^{\\circ}", ""), ("{,}", ","),
     ):  # fmt: skip
         text = text.replace(old, new)
     text = re.sub(r"\\(?:text|mathrm|textbf|mbox)\{([^{}]*)\}", r"\1", text)
@@ -45,8 +47,8 @@ def exact_number(answer: str) -> Fraction | None:
 
 
 def is_mixed(answer: str) -> bool:
-    """Whether a space parts two numbers: "1 1/2" is a mixed number or two answers, not 11/2."""
-    return re.search(r"\d\s+[\d\\]", answer) is not None
+    r"""Whether a space parts two numbers: "1\,1/2" is a mixed number or two answers, not 11/2."""
+    return _MIXED.search(answer) is not None
 
 
 def brackets(answer: str) -> str | None:

@@ -7,6 +7,8 @@ from typing import Any
 
 import math_verify
 
+_DIGITS = 12  # its default of 6 takes 1.414214 for the square root of 2
+
 
 def serve(argument: Any) -> Callable[[dict[str, str]], dict[str, str]]:
     """A handler of {"gold", "answer"}; answers {"label", "rule"}.
@@ -25,7 +27,7 @@ def serve(argument: Any) -> Callable[[dict[str, str]], dict[str, str]]:
             answer = parse(request["answer"])
             if not gold:
                 return {"label": "unknown", "rule": "unparsable_gold"}
-            same = math_verify.verify(gold, answer, timeout_seconds=None)
+            same = math_verify.verify(gold, answer, float_rounding=_DIGITS, timeout_seconds=None)
         except Exception as error:
             # any expression may break sympy in any way; the verdict says so
             return {"label": "unknown", "rule": f"math_verify_{type(error).__name__}"}

@@ -19,6 +19,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from mdpo_jax.isolation import frames, zygote
 from mdpo_jax.isolation.sandbox import Limits
 
 _MOST_RESTARTS = 3
+_LARGEST_ANSWER = 1 << 20
 log = logging.getLogger(__name__)
 
 
@@ -65,6 +67,7 @@ class ForkServer:
         self._channel: socket.socket | None = None
         self._failures = 0
         self._closed = False
+        self._workers: set[Worker] = set()  # held: one dropped unclosed keeps its pipes
 
     def fork(self, argument: Any = None) -> Worker:
         """A fresh worker.  Raises ForkServerError if the zygote cannot be had."""
@@ -83,6 +86,8 @@ class ForkServer:
         with self._lock:
             self._closed = True
             self._stop()
+            for worker in list(self._workers):
+                worker.close()
 
     def __enter__(self) -> ForkServer:
         return self
@@ -95,11 +100,12 @@ class ForkServer:
         """The zygote's process id, None before the first fork."""
         return None if self._process is None else self._process.pid
 
-    def kill(self, pid: int) -> None:
+    def forget(self, worker: Worker) -> None:
         """End a worker and all it started; a worker of a zygote that is gone is dead already."""
         with self._lock, contextlib.suppress(OSError, ValueError):
+            self._workers.discard(worker)
             if self._channel is not None:
-                self._ask({"do": "kill", "pid": pid})
+                self._ask({"do": "kill", "pid": worker.pid})
 
     def _fork(self, argument: Any) -> Worker:
         if self._channel is None:
@@ -107,6 +113,7 @@ class ForkServer:
         assert self._channel is not None
         request_read, request_write = os.pipe()
         response_read, response_write = os.pipe()
+        os.set_blocking(request_write, False)  # a worker that does not read must not hold us
         try:
             fds = array.array("i", [request_read, response_write])
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)]
@@ -120,7 +127,9 @@ class ForkServer:
         finally:
             os.close(request_read)
             os.close(response_write)
-        return Worker(self, pid, request_write, response_read)
+        worker = Worker(self, pid, request_write, response_read)
+        self._workers.add(worker)
+        return worker
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self._channel is not None
@@ -187,8 +196,13 @@ class Worker:
         if self._fds is None:
             raise WorkerDied("killed")
         try:
-            frames.write_frame(self._fds[0], request)
-            return frames.read_frame(self._fds[1], timeout=timeout)
+            tag, start = os.urandom(8), time.monotonic()
+            frames.write_frame(self._fds[0], request, tag, timeout=timeout)
+            left = timeout - (time.monotonic() - start)
+            echo, value = frames.read_frame(self._fds[1], timeout=left, largest=_LARGEST_ANSWER)
+            if echo != tag:
+                raise frames.FrameError("an answer to no request")
+            return value
         except TimeoutError:
             self.close()
             raise WorkerDied("timeout") from None
@@ -202,4 +216,4 @@ class Worker:
             for fd in self._fds:
                 os.close(fd)
             self._fds = None
-            self._server.kill(self.pid)
+            self._server.forget(self)

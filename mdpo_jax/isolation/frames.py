@@ -1,4 +1,8 @@
-"""Length-prefixed JSON over a pipe, the same on both sides of a fork."""
+"""Length-prefixed JSON over a pipe, the same on both sides of a fork.
+
+A request carries a tag that its answer must repeat: bytes that a cell wrote to the pipe before it
+was asked, or blindly, are then no answer and shift no later one.
+"""
 
 from __future__ import annotations
 
@@ -9,30 +13,40 @@ import struct
 import time
 from typing import Any
 
-_HEAD = struct.Struct(">I")
+_HEAD = struct.Struct(">8sI")
+NO_TAG = bytes(8)
 
 
 class FrameError(Exception):
     """The other side ended, sent what is no frame, or sent more than was allowed."""
 
 
-def write_frame(fd: int, value: Any) -> None:
-    """Send one JSON value; raises OSError if the other side is gone."""
+def write_frame(fd: int, value: Any, tag: bytes = NO_TAG, *, timeout: float | None = None) -> None:
+    """Send one JSON value.
+
+    Raises OSError if the other side is gone, and TimeoutError (for which `fd` must not block) if it
+    has not read all of it after `timeout` seconds.
+    """
+    deadline = None if timeout is None else time.monotonic() + timeout
     data = json.dumps(value).encode("ascii")
-    view = memoryview(_HEAD.pack(len(data)) + data)
+    view = memoryview(_HEAD.pack(tag, len(data)) + data)
     while view:
+        if deadline is not None:
+            _await(fd, select.POLLOUT, deadline)
         view = view[os.write(fd, view) :]
 
 
-def read_frame(fd: int, *, timeout: float | None = None, largest: int = 64 << 20) -> Any:
-    """Receive one JSON value.  Raises TimeoutError after `timeout` seconds, FrameError otherwise."""
+def read_frame(
+    fd: int, *, timeout: float | None = None, largest: int = 64 << 20
+) -> tuple[bytes, Any]:
+    """A frame's tag and JSON value.  TimeoutError after `timeout` seconds, FrameError otherwise."""
     deadline = None if timeout is None else time.monotonic() + timeout
-    (length,) = _HEAD.unpack(_read(fd, _HEAD.size, deadline))
+    tag, length = _HEAD.unpack(_read(fd, _HEAD.size, deadline))
     if length > largest:
         raise FrameError(f"a frame of {length} bytes; at most {largest} are accepted")
     try:
-        return json.loads(_read(fd, length, deadline))
-    except ValueError as error:
+        return tag, json.loads(_read(fd, length, deadline))
+    except (ValueError, RecursionError) as error:
         raise FrameError(f"not a JSON frame: {error}") from None
 
 
@@ -40,14 +54,18 @@ def _read(fd: int, count: int, deadline: float | None) -> bytes:
     parts = []
     while count:
         if deadline is not None:
-            poll = select.poll()
-            poll.register(fd, select.POLLIN)
-            left = deadline - time.monotonic()
-            if left <= 0 or not poll.poll(left * 1000):
-                raise TimeoutError
+            _await(fd, select.POLLIN, deadline)
         part = os.read(fd, min(count, 1 << 16))
         if not part:
             raise FrameError("the other side has ended")
         parts.append(part)
         count -= len(part)
     return b"".join(parts)
+
+
+def _await(fd: int, event: int, deadline: float) -> None:
+    poll = select.poll()
+    poll.register(fd, event)
+    left = deadline - time.monotonic()
+    if left <= 0 or not poll.poll(left * 1000):
+        raise TimeoutError

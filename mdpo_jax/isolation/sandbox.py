@@ -10,7 +10,10 @@ import resource
 import signal
 from collections.abc import Collection
 
+from mdpo_jax.isolation import seccomp
+
 _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS, _PR_SET_DUMPABLE = 1, 38, 4
+_CAPABILITY_VERSION_3 = 0x20080522
 MIB = 1 << 20
 
 
@@ -30,7 +33,9 @@ def apply(limits: Limits, folder: str, keep: Collection[int]) -> None:
 
     An own session (so that a group kill reaches what it starts), death with the parent, no new
     privileges, rlimits, an environment of three variables, `folder` as working folder, /dev/null as
-    standard streams, and no inherited file but `keep`.  RLIMIT_NPROC binds ordinary users only.
+    standard streams, no inherited file but `keep`, and none of root's capabilities, which closes
+    /proc of processes that have them.  Where the machine has seccomp: no fork, exec, socket or
+    signal to others.  RLIMIT_NPROC binds ordinary users only.
     """
     os.setsid()
     libc = ctypes.CDLL(None, use_errno=True)
@@ -55,3 +60,8 @@ def apply(limits: Limits, folder: str, keep: Collection[int]) -> None:
         (resource.RLIMIT_CORE, 0),
     ):
         resource.setrlimit(kind, (value, value))
+    nothing = (ctypes.c_uint32 * 6)()
+    if libc.capset((ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0), nothing) != 0:
+        raise OSError(ctypes.get_errno(), "capset failed")
+    if seccomp.supported():
+        seccomp.install(libc)

@@ -30,6 +30,7 @@ def main(root: str, socket_fd: str, options: str) -> None:
     # What a child needs is imported here, once, and not in each child.
     for name in ("mdpo_jax.isolation.frames", "mdpo_jax.isolation.sandbox", *settings["preload"]):
         importlib.import_module(name)
+    importlib.import_module("mdpo_jax.isolation.seccomp").supported()  # probed once, for all
     module, _, function = settings["target"].partition(":")
     make_handler = getattr(importlib.import_module(module), function)
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)

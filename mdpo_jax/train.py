@@ -17,11 +17,12 @@ def main(arguments: Sequence[str]) -> int:
 def _train(config: Config) -> None:
     from rich.console import Console
 
-    from mdpo_jax.pipeline import loop
+    from mdpo_jax.pipeline import loop, summary
     from mdpo_jax.reporting.console import results_table
 
     results = loop.run(config)
     folder = loop.export_chosen(config, results)
+    page = summary.write_report(config)
     console = Console()
     console.print(results_table(results["rows"]))
     for c in results["comparisons"]:
@@ -30,7 +31,7 @@ def _train(config: Config) -> None:
             f"{100 * c['difference']:+.1f} points, 95 % [{100 * c['low']:+.1f}, "
             f"{100 * c['high']:+.1f}]"
         )
-    console.print(f"results {config.directory / 'results.json'}\nexport  {folder}")
+    console.print(f"results {config.directory / 'results.json'}\nexport  {folder}\nreport  {page}")
 
 
 if __name__ == "__main__":

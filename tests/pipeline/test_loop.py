@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from mdpo_jax import evaluate, export, train
+from mdpo_jax import evaluate, export, report, train
 from mdpo_jax.config import parse
 from mdpo_jax.data import store
 from mdpo_jax.pipeline import files
@@ -60,6 +60,16 @@ def test_results_hold_what_others_script_against(finished):
         assert row["low"] <= row["accuracy"] <= row["high"]
     test = {(r["iteration"], r["decoding"]) for r in results["rows"] if r["split"] == "test"}
     assert {(0, "greedy"), (0, "sampled"), (2, "greedy"), (2, "sampled")} <= test
+
+
+def test_the_report_shows_trajectories_by_role(finished, tmp_path, capsys):
+    page = (finished / "report" / "index.html").read_text()
+    assert "observation" in page
+    assert "SFT" in page
+    assert (finished / "report" / "accuracy.svg").exists()
+    assert report.main(["--checkpoint", str(finished)]) == 0
+    assert report.main(["--checkpoint", str(tmp_path)]) == 2
+    assert "not a run directory" in capsys.readouterr().err
 
 
 def test_problem_sets_are_disjoint(finished):

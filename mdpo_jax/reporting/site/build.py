@@ -87,9 +87,7 @@ def visible(text: str) -> str:
 
 def _sign(match: re.Match[str]) -> str:
     code = ord(match[0])
-    if code < 0x20:
-        return chr(0x2400 + code)  # the control pictures block mirrors ASCII
-    return "\u2421" if code == 0x7F else f"\\u{code:04x}"
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
 def _draw(report: Report, folder: Path) -> list[tuple[str, str, str]]:
@@ -158,6 +156,7 @@ def _sample(sample: SampleTrajectory) -> dict[str, Any]:
         value = number(log_prob)
         # An unknown role keeps its name but never becomes a class of the page.
         css = role if role in _ROLES else "other"
+        text = text if text.strip() else repr(text)[1:-1]  # a bare newline would look like nothing
         segments.append((role, css, text, None if value is None else decimals(value, 2)))
     css = sample.verdict if sample.verdict in ("correct", "wrong") else "unknown"
     sign = {"correct": "\u2713", "wrong": "\u2717"}.get(css, "?")

@@ -1,0 +1,88 @@
+"""From a finished run directory to its static report."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import AutoTokenizer
+
+from mdpo_jax.chat import Chat
+from mdpo_jax.config import Config
+from mdpo_jax.data import store
+from mdpo_jax.model.families import from_hf
+from mdpo_jax.pipeline.files import read_json
+from mdpo_jax.reporting.metrics import read_metrics
+from mdpo_jax.reporting.site.build import Report, SampleTrajectory, build_report
+from mdpo_jax.types import Role
+
+PACKAGES = ("jax", "flax", "optax", "transformers", "numpy")
+
+
+def write_report(config: Config) -> Path:
+    """Write `report/index.html` of a run that has its results.json; returns the page's path."""
+    directory = config.directory
+    results = read_json(directory / "results.json")
+    rows = results["rows"]
+    notes = [
+        f"test, {c['decoding']}: iteration {c['iteration']} minus SFT {100 * c['difference']:+.1f} "
+        f"points, 95 % [{100 * c['low']:+.1f}, {100 * c['high']:+.1f}], paired by problem"
+        for c in results["comparisons"]
+    ]
+    curves = {
+        f"iteration {t}": read_metrics(path)
+        for t in range(1, config.iterations + 1)
+        if (path := directory / f"iteration-{t}" / "train" / "metrics.jsonl").exists()
+    }
+    report = Report(
+        title=f"mdpo_jax: {config.name}, {config.method}, seed {config.seed}",
+        config=results["config"],
+        rows=rows,
+        curves=curves,
+        pass_at_k={
+            f"{row['stage']} {row['iteration']}": {int(k): v for k, v in row["pass_at_k"].items()}
+            for row in rows
+            if "pass_at_k" in row
+        },
+        samples=tuple(_samples(config)),
+        notes=notes,
+        environment={"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
+    )
+    build_report(directory / "report", report)
+    return directory / "report" / "index.html"
+
+
+def _samples(config: Config) -> Iterator[SampleTrajectory]:
+    """The first greedy test trajectories of SFT and of the last iteration, role by role."""
+    export = config.directory / "export"
+    family = from_hf(read_json(export / "config.json")).family
+    chat = Chat(AutoTokenizer.from_pretrained(export), family)
+    path = config.directory / "problems" / "test.jsonl.gz"
+    golds = {row["id"]: row["answer"] for row in store.read_lines(path)}
+    questions = {row["id"]: row["question"] for row in store.read_lines(path)}
+    last = config.iterations
+    for name, folder in (
+        ("SFT", "sft-test"),
+        (f"iteration {last}", f"iteration-{last}/train-test"),
+    ):
+        rows = store.read_lines(config.directory / folder / "test-greedy.jsonl.gz")
+        for row, _ in zip(rows, range(config.evaluate.shown), strict=False):
+            trajectory, verdict = store.graded_from(row)
+            yield SampleTrajectory(
+                problem=questions[trajectory.problem_id],
+                gold=golds[trajectory.problem_id],
+                verdict=verdict.label,
+                rule=verdict.rule,
+                stage=name,
+                segments=[_segment(chat, trajectory, r, s) for r, s in trajectory.segments],
+            )
+
+
+def _segment(chat: Chat, trajectory: Any, role: Role, span: slice) -> tuple[str, str, float | None]:
+    text = chat.tokenizer.decode(trajectory.ids[span].tolist())
+    mean = float(np.mean(trajectory.log_probs[span])) if role == Role.ACTION else None
+    return role.name.lower(), text, mean

@@ -1,0 +1,31 @@
+"""`python -m mdpo_jax.report --checkpoint RUN`: the static report of a finished run."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mdpo_jax.doors import guarded
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Write RUN/report/index.html anew and print where it lies."""
+    parser = argparse.ArgumentParser(prog="python -m mdpo_jax.report", description=__doc__)
+    parser.add_argument("--checkpoint", required=True, type=Path, help="run directory")
+    options = parser.parse_args(arguments)
+    return guarded(lambda: _report(options.checkpoint))
+
+
+def _report(directory: Path) -> None:
+    from mdpo_jax.pipeline import files, summary
+
+    config = files.read_config(directory)
+    if not (directory / "results.json").exists():
+        raise ValueError(f"--checkpoint={directory}: has no results.json; expected a finished run")
+    print(summary.write_report(config))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -142,7 +142,7 @@ def _parsed(line: bytes) -> dict[str, Any]:
         row = json.loads(line.decode())
         # Lone surrogates are legal JSON escapes and no text: they would fail in the tokenizer.
         json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeError as error:
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
         raise _BadRowError(f"row: not UTF-8 text ({error.reason}); {_ACCEPTED}") from error
     except RecursionError as error:
         raise _BadRowError(f"row: nested too deep; {_ACCEPTED}") from error

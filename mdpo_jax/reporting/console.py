@@ -23,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mdpo_jax.reporting.results import Row, gather
+from mdpo_jax.reporting.text import one_line
 
 _COLUMNS = {
     "greedy": "greedy",
@@ -65,7 +66,7 @@ def results_table(rows: Iterable[Row]) -> Table:
         if before is not None and before.split != line.split:
             table.add_section()
         cells = (Text(line.cells[column]) for column in _COLUMNS)
-        table.add_row(Text(line.split), Text(line.policy), *cells)
+        table.add_row(Text(one_line(line.split)), Text(one_line(line.policy)), *cells)
     return table
 
 
@@ -120,9 +121,9 @@ def _bar(console: Console) -> Progress:
 def _move(
     bar: Progress, task: TaskID, advance: float, completed: float | None, text: str | None
 ) -> None:
-    fields = {} if text is None else {"text": _one_line(text)}
-    step = advance if completed is None else None
-    bar.update(task, advance=step, completed=completed, **fields)
+    bar.update(task, advance=advance if completed is None else None, completed=completed)
+    if text is not None:
+        bar.update(task, text=one_line(text))
 
 
 class _PlainLines:
@@ -146,7 +147,7 @@ class _PlainLines:
         self, advance: float = 0, *, completed: float | None = None, text: str | None = None
     ) -> None:
         self._completed = self._completed + advance if completed is None else completed
-        self._text = self._text if text is None else _one_line(text)
+        self._text = self._text if text is None else one_line(text)
         self._news = True
         if self._clock() - self._said >= self._every:
             self.say()
@@ -182,8 +183,3 @@ def _duration(seconds: float) -> str:
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02}:{second:02}"
-
-
-def _one_line(text: str) -> str:
-    # A newline or an escape sequence from model text would tear the terminal's line.
-    return "".join(c if c.isprintable() else " " for c in text).strip()

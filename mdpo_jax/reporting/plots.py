@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mdpo_jax.reporting.results import ResultLine, Row, gather, number, stage_name
+from mdpo_jax.reporting.text import one_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -231,7 +232,7 @@ def _grid(
 
 
 def _title(ax: Axes, text: str) -> None:
-    ax.set_title(text, fontsize=10, loc="left", fontweight="bold", parse_math=False)
+    ax.set_title(one_line(text, 40), fontsize=10, loc="left", fontweight="bold", parse_math=False)
 
 
 def _nothing(ax: Axes) -> None:
@@ -256,7 +257,7 @@ def _name_ends(ax: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
         x, y, name, colour = ends[i]
         shift = (placed[at] - wanted[at]) * 72.0 / ax.figure.dpi
         ax.annotate(
-            name,
+            one_line(name, 40),
             (x, y),
             xytext=(7, shift),
             textcoords="offset points",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,14 +15,10 @@ from typing import Any
 
 from mdpo_jax.reporting import plots
 from mdpo_jax.reporting.results import Row, decimals, gather, number
+from mdpo_jax.reporting.text import one_line, visible
 
 _MARK = '<meta name="generator" content="mdpo_jax.reporting.site">'  # also in template.html
-_LONGEST = 20_000  # characters of one text; a page with megabytes of one sample helps nobody
 _ROLES = ("prompt", "action", "observation", "template")
-# C0 but tab and newline, DEL and C1, zero-width and bidirectional controls, lone surrogates.
-_INVISIBLE = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]"
-)
 
 
 class ReportError(ValueError):
@@ -76,18 +71,6 @@ def build_report(out_dir: str | os.PathLike[str], report: Report) -> Path:
     _sync(partial)
     _swap(partial, out)
     return out / "index.html"
-
-
-def visible(text: str) -> str:
-    """`text` with control characters as visible signs, cut to a length that a page can bear."""
-    if len(text) > _LONGEST:
-        text = f"{text[:_LONGEST]}\n[{len(text) - _LONGEST} more characters]"
-    return _INVISIBLE.sub(_sign, text)
-
-
-def _sign(match: re.Match[str]) -> str:
-    code = ord(match[0])
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
 def _draw(report: Report, folder: Path) -> list[tuple[str, str, str]]:
@@ -160,12 +143,11 @@ def _sample(sample: SampleTrajectory) -> dict[str, Any]:
         segments.append((role, css, text, None if value is None else decimals(value, 2)))
     css = sample.verdict if sample.verdict in ("correct", "wrong") else "unknown"
     sign = {"correct": "\u2713", "wrong": "\u2717"}.get(css, "?")
-    heading = " ".join(sample.problem.split())
     return {
         "sample": sample,
         "css": css,
         "sign": sign,
-        "heading": heading if len(heading) <= 110 else f"{heading[:107]}...",
+        "heading": one_line(sample.problem),
         "segments": segments,
     }
 

@@ -333,14 +333,45 @@ def load_recipe(name: str) -> Config:
     return module.get_config()
 
 
+def smoke(config: Config) -> Config:
+    """The recipe with a stand-in model and counts that a CPU runs in minutes.
+
+    Model shape, problems and counts shrink; objective, limits, types, reference and mixture stay.
+    The stand-in is the synthetic suite with a short warm-up, so that there are pairs to learn from.
+    """
+    replace = dataclasses.replace
+    shape = {"path": None, "vocab_size": 448, "hidden_size": 64, "num_layers": 2, "num_heads": 4}
+    shape |= {"num_kv_heads": 2, "head_dim": 32, "intermediate_size": 192}
+    files = {"path": None, "dev_path": None, "test_path": None, "steps": (1.0,)}
+    warm_up = {"path": None, "steps": 200, "learning_rate": 4e-3, "beta2": 0.98, "batch": 16}
+    counts = {"demonstrations": 1500, "observation_weight": 0.25, "final_lr_fraction": 0.05}
+    return replace(
+        config,
+        name=f"{config.name}-smoke",
+        model=replace(config.model, **shape),
+        problems=replace(
+            config.problems, **files, per_iteration=8, dev=8, test=8, mental_scale=0.3
+        ),
+        sft=replace(config.sft, **warm_up, **counts),
+        rollout=replace(config.rollout, slots=32, chunk_problems=8),
+        train=replace(config.train, batch_pairs=4, rows=8, row_length=256),
+        evaluate=replace(config.evaluate, pass_problems=4),
+    )
+
+
 def parse(arguments: Sequence[str]) -> Config:
-    """A recipe and its overrides from `--config=NAME --config.a.b=V ...`; raises ConfigError."""
+    """A recipe and its overrides from `--config=NAME [--smoke] --config.a.b=V ...`.
+
+    Overrides come after `--smoke` has shrunk the recipe.  Raises ConfigError.
+    """
     names = [a.removeprefix("--config=") for a in arguments if a.startswith("--config=")]
     if len(names) != 1:
         raise ConfigError(f"--config: given {len(names)} times; expected --config=NAME once")
     config = load_recipe(names[0])
+    if "--smoke" in arguments:
+        config = smoke(config)
     for argument in arguments:
-        if argument.startswith("--config="):
+        if argument.startswith("--config=") or argument == "--smoke":
             continue
         path, equals, value = argument.removeprefix("--config.").partition("=")
         if not argument.startswith("--config.") or not equals:

@@ -16,6 +16,7 @@ import random
 from collections.abc import Callable, Iterator
 from typing import Literal
 
+from mdpo_jax.environment.noisy import warning_line
 from mdpo_jax.types import Problem
 
 Split = Literal["sft", "train", "dev", "test"]
@@ -200,18 +201,15 @@ def demonstrations(suite: Suite, count: int, seed: int) -> list[list[dict[str, s
     return [_demonstrate(suite, next(chains), rng) for _ in range(count)]
 
 
-def warning_line(rng: random.Random) -> str:
-    """The noise that real tools put before their output."""
-    return f"Warning: {rng.randrange(10**8):08d} slow call 0.{rng.randrange(10**4):04d} s"
-
-
 def _demonstrate(suite: Suite, chain: Chain, rng: random.Random) -> list[dict[str, str]]:
     messages = [{"role": "user", "content": question(chain, rng)}]
     pending = ""  # what the assistant has said in this turn so far
 
     def run(code: str, printed: str) -> None:
         nonlocal pending
-        noisy = f"{warning_line(rng)}\n{printed}" if rng.random() < suite.noise else printed
+        noisy = printed
+        if rng.random() < suite.noise:
+            noisy = f"{warning_line(rng.randrange(10**8), rng.randrange(10**4))}\n{printed}"
         messages.append({"role": "assistant", "content": f"{pending}```python\n{code}\n```"})
         messages.append({"role": "user", "content": f"```output\n{noisy}\n```"})
         pending = ""

@@ -8,6 +8,11 @@ from concurrent.futures import Future
 from mdpo_jax.environment.tool import Observation, Session, Tool
 
 
+def warning_line(number: int, fraction: int) -> str:
+    """The noise: 8 digits and 4 decimals; demonstrations show the same line (data/synthetic.py)."""
+    return f"Warning: {number:08d} slow call 0.{fraction:04d} s"
+
+
 class NoisyTool:
     """Puts a warning line before an observation with the given probability.
 
@@ -40,7 +45,7 @@ class _Session:
         if int.from_bytes(digest[:4], "big") >= self._probability * 2**32:
             return inner
         number, fraction = (int.from_bytes(digest[i : i + 4], "big") for i in (4, 8))
-        warning = f"Warning: {number % 10**8:08d} slow call 0.{fraction % 10**4:04d} s"
+        warning = warning_line(number % 10**8, fraction % 10**4)
         outer: Future[Observation] = Future()
 
         def pass_on(done: Future[Observation]) -> None:

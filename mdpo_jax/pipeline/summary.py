@@ -62,8 +62,7 @@ def _samples(config: Config) -> Iterator[SampleTrajectory]:
     family = from_hf(read_json(export / "config.json")).family
     chat = Chat(AutoTokenizer.from_pretrained(export), family)
     path = config.directory / "problems" / "test.jsonl.gz"
-    golds = {row["id"]: row["answer"] for row in store.read_lines(path)}
-    questions = {row["id"]: row["question"] for row in store.read_lines(path)}
+    problems = {p.id: p for p in map(store.problem_from, store.read_lines(path))}
     last = config.iterations
     for name, folder in (
         ("SFT", "sft-test"),
@@ -73,8 +72,8 @@ def _samples(config: Config) -> Iterator[SampleTrajectory]:
         for row, _ in zip(rows, range(config.evaluate.shown), strict=False):
             trajectory, verdict = store.graded_from(row)
             yield SampleTrajectory(
-                problem=questions[trajectory.problem_id],
-                gold=golds[trajectory.problem_id],
+                problem=problems[trajectory.problem_id].question,
+                gold=problems[trajectory.problem_id].answer,
                 verdict=verdict.label,
                 rule=verdict.rule,
                 stage=name,

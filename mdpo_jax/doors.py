@@ -19,11 +19,7 @@ def run_door(arguments: Sequence[str], usage: str, work: Callable[[Config], None
         for flag, kind, value in configuration.describe(configuration.parse(named)):
             print(f"  {flag}={value}  ({kind})")
         return EXIT_OK
-    try:
-        return guarded(lambda: work(configuration.parse(arguments)))
-    except KeyboardInterrupt:
-        print("interrupted; the same command resumes", file=sys.stderr)
-        return EXIT_RESUMABLE
+    return guarded(lambda: work(configuration.parse(arguments)))
 
 
 def guarded(work: Callable[[], None]) -> int:
@@ -37,6 +33,9 @@ def guarded(work: Callable[[], None]) -> int:
         return EXIT_INPUT
     except ForkServerError as error:
         print(f"interrupted: {_line(error)}; the same command resumes", file=sys.stderr)
+        return EXIT_RESUMABLE
+    except KeyboardInterrupt:
+        print("interrupted; the same command resumes", file=sys.stderr)
         return EXIT_RESUMABLE
     return EXIT_OK
 

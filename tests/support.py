@@ -11,6 +11,20 @@ from mdpo_jax.model import transformer
 from mdpo_jax.model.families import ModelConfig
 from mdpo_jax.types import Trajectory
 
+# The whole loop on a model too small to learn, in seconds.
+SMALL_RUN = [
+    "--config=tiny", "--config.iterations=2", "--config.model.hidden_size=16",
+    "--config.model.intermediate_size=16", "--config.model.num_layers=1",
+    "--config.model.head_dim=8", "--config.sft.steps=6", "--config.sft.easy_steps=2",
+    "--config.sft.skill_steps=2", "--config.sft.demonstrations=40", "--config.sft.batch=4",
+    "--config.problems.per_iteration=4", "--config.problems.dev=4", "--config.problems.test=6",
+    "--config.rollout.slots=8", "--config.rollout.chunk_problems=2", "--config.rollout.samples=2",
+    "--config.rollout.previous_samples=1", "--config.rollout.turn_tokens=8",
+    "--config.rollout.trajectory_tokens=12", "--config.train.rows=4",
+    "--config.pairs.keep_limit=true", "--config.evaluate.pass_problems=2",
+    "--config.mesh.fsdp=1", "--config.train.batch_pairs=2",
+]  # fmt: skip
+
 SUITE = synthetic.Suite(mental_scale=0.5)
 
 

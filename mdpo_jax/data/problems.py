@@ -18,6 +18,7 @@ import gzip
 import json
 import logging
 import os
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,8 @@ _log = logging.getLogger(__name__)
 
 MAX_ROW_BYTES = 1 << 20  # the longest MATH row has 16 KiB; a line without end must not fill memory
 _LOGGED = 3
+_CALCULATION = re.compile(r"<<([^<>=]*)=[^<>]*>>")
+_ARITHMETIC = re.compile(r"[-+*/(). \d]+")
 _KEPT_TEXT = 2000
 _ACCEPTED = (
     "expected GSM8K (question, answer with `#### gold`), MATH (problem, solution with \\boxed{} "
@@ -87,6 +90,25 @@ def load_problems(
         why = f"all {bad.count} are bad, the first: {bad.first}" if bad.count else "it is empty"
         raise ProblemError(f"{path}: no usable row; {why}; {_ACCEPTED}")
     return ProblemSet(tuple(problems.values()), bad.count)
+
+
+def worked_solutions(path: str | os.PathLike[str]) -> Iterator[tuple[Problem, str]]:
+    """(problem, Python code) of the rows whose solution has GSM8K's calculator annotations.
+
+        48/2 = <<48/2=24>>24 clips      ->      print(48/2)
+
+    Rows with an annotation that is no plain arithmetic, and bad rows, are passed over.
+    """
+    path = Path(path)
+    stem = Path(path.name.removesuffix(".gz")).stem
+    for index, line in enumerate(_lines(path)):
+        if b"<<" not in line:
+            continue
+        with contextlib.suppress(_BadRowError):
+            problem = _problem(line, stem, index)
+            found = _CALCULATION.findall(_text(_parsed(line), "answer"))
+            if found and all(_ARITHMETIC.fullmatch(expression) for expression in found):
+                yield problem, "\n".join(f"print({expression.strip()})" for expression in found)
 
 
 def _lines(path: Path) -> Iterator[bytes]:

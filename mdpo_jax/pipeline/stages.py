@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import itertools
-import json
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,15 @@ from mdpo_jax.data.packing import Item
 from mdpo_jax.data.problems import load_problems
 from mdpo_jax.model.policy import fingerprint
 from mdpo_jax.pipeline.context import Context, suite
+from mdpo_jax.pipeline.demonstrations import demonstrations
 from mdpo_jax.pipeline.evaluation import Advance, sample
 from mdpo_jax.reporting.metrics import MetricsWriter
 from mdpo_jax.training import checkpoint
 from mdpo_jax.training.step import Objective
 from mdpo_jax.training.trainer import Plan, copy_params, shuffled
-from mdpo_jax.types import Pair, Problem, Trajectory
+from mdpo_jax.types import Pair, Problem
+
+_log = logging.getLogger(__name__)
 
 PARAMS, EARLIER = "params", "params-earlier"
 
@@ -34,9 +37,9 @@ def prepare_problems(context: Context, folder: Path) -> dict[str, Any]:
         f"iteration-{t}": config.problems.per_iteration for t in range(1, 1 + config.iterations)
     }
     if config.problems.path is None:
-        groups, quarantined = _synthetic(context, counts), 0
+        groups, dropped = _synthetic(context, counts), {}
     else:
-        groups, quarantined = _from_files(context, counts, folder)
+        groups, dropped = _from_files(context, counts, folder)
     seen: dict[str, str] = {}
     for name, problems in groups.items():
         for problem in problems:
@@ -46,7 +49,7 @@ def prepare_problems(context: Context, folder: Path) -> dict[str, Any]:
                     "expected disjoint sets"
                 )
         store.write_lines(folder / f"{name}.jsonl.gz", map(store.problem_row, problems))
-    return {"quarantined": quarantined, "counts": {k: len(v) for k, v in groups.items()}}
+    return {"counts": {name: len(problems) for name, problems in groups.items()}, **dropped}
 
 
 def read_problems(context: Context, name: str) -> list[Problem]:
@@ -70,8 +73,8 @@ def _synthetic(context: Context, counts: dict[str, int]) -> dict[str, list[Probl
 
 def _from_files(
     context: Context, counts: dict[str, int], folder: Path
-) -> tuple[dict[str, list[Problem]], int]:
-    settings, bad = context.config.problems, 0
+) -> tuple[dict[str, list[Problem]], dict[str, int]]:
+    settings, bad, long = context.config.problems, 0, 0
     sources = {"train": (settings.path or "").split(",")}
     sources |= {s: [p] for s in ("dev", "test") if (p := getattr(settings, f"{s}_path"))}
     loaded: dict[str, list[Problem]] = {}
@@ -79,8 +82,9 @@ def _from_files(
         loaded[name] = []
         for index, path in enumerate(paths):
             found = load_problems(path, folder / f"quarantine-{name}-{index}.jsonl")
-            loaded[name] += found.problems
-            bad += found.quarantined
+            short = _fitting(context, path, found.problems)
+            loaded[name] += short
+            bad, long = bad + found.quarantined, long + len(found.problems) - len(short)
     order = np.random.default_rng(context.config.seed).permutation(len(loaded["train"]))
     pool = [loaded["train"][i] for i in order]
     taken = {p.question for name in ("dev", "test") for p in loaded.get(name, [])}
@@ -103,18 +107,39 @@ def _from_files(
         )
     for index, name in enumerate(counts):
         groups[name] = pool[index * each : (index + 1) * each]
-    return groups, bad
+    if bad or long:
+        _log.warning("problems: %d bad rows set aside, %d with too long a prompt", bad, long)
+    return groups, {"quarantined": bad, "too_long": long}
+
+
+def _fitting(context: Context, path: str, problems: Sequence[Problem]) -> list[Problem]:
+    """Those whose prompt leaves room for one turn in the cache; ConfigError if none does."""
+    limits = context.config.rollout
+    lengths = [len(context.chat.prompt(p.question)) for p in problems]
+    short = [
+        p
+        for p, length in zip(problems, lengths, strict=True)
+        if length + limits.turn_tokens <= limits.context
+    ]
+    if not short:
+        raise ConfigError(
+            f"config.rollout.context={limits.context}: no prompt of {path} leaves room for a turn; "
+            f"expected at least {min(lengths) + limits.turn_tokens}, the shortest prompt and "
+            f"rollout.turn_tokens={limits.turn_tokens}"
+        )
+    return short
 
 
 def sft(context: Context, folder: Path, advance: Advance) -> dict[str, Any]:
     """Warm-up on demonstrations: `params`, and `params-earlier` for iteration 1's mixture."""
     settings, seed = context.config.sft, context.config.seed
     params = context.start.params
-    if settings.steps == 0 or (settings.path is None and context.config.problems.path is not None):
+    held_out = {p.question for name in ("dev", "test") for p in read_problems(context, name)}
+    parts = demonstrations(context, held_out) if settings.steps else []
+    if not parts:
         for name in (PARAMS, EARLIER):
             checkpoint.save_params(folder / name, params)
         return {"steps": 0, "note": "no demonstrations: the SFT policy is model.path as it is"}
-    parts = _demonstrations(context)
     batches = _in_turn(
         [(n, shuffled([[i] for i in items], settings.batch, seed)) for n, items in parts]
     )
@@ -128,13 +153,8 @@ def sft(context: Context, folder: Path, advance: Advance) -> dict[str, Any]:
         if step == earlier:
             checkpoint.save_params(folder / EARLIER, params)
 
-    with _fresh_metrics(folder) as metrics:
-
-        def report(step: int, values: dict[str, float]) -> None:
-            metrics.write(step=step, **values)
-            advance(1)
-
-        trainer = context.trainer(sft=True)
+    trainer = context.trainer(sft=True)
+    with _recorded(folder, advance) as report:
         final = trainer.fit(
             copy_params(params), batches, plan, Objective("likelihood"), report=report, keep=keep
         )
@@ -151,46 +171,6 @@ def _in_turn(parts: Sequence[tuple[int, Iterator[Any]]]) -> Iterator[Any]:
     for count, batches in parts[:-1]:
         yield from itertools.islice(batches, count)
     yield from parts[-1][1]
-
-
-def _demonstrations(context: Context) -> list[tuple[int, list[Item]]]:
-    """(steps, demonstrations) of each part of the curriculum; the last one's steps do not count."""
-    config, settings = context.config, context.config.sft
-    if settings.path is not None:
-        return [(0, _items(context, _read_conversations(Path(settings.path))))]
-    last = suite(config)
-    skill = dataclasses.replace(last, mental_scale=settings.skill_mental_scale)
-    easy = dataclasses.replace(skill, steps=(1.0,))
-    parts = [(settings.easy_steps, easy), (settings.skill_steps, skill), (0, last)]
-    return [
-        (steps, _items(context, synthetic.demonstrations(s, settings.demonstrations, config.seed)))
-        for steps, s in parts
-        if steps or s is last
-    ]
-
-
-def _read_conversations(path: Path) -> list[list[dict[str, str]]]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        return [json.loads(line)["messages"] for line in lines if line.strip()]
-    except OSError as error:
-        raise ConfigError(f"config.sft.path={str(path)!r}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
-        raise ConfigError(
-            f'config.sft.path={str(path)!r}: expected JSON lines with a "messages" list'
-        ) from None
-
-
-def _items(context: Context, conversations: Sequence[Sequence[dict[str, str]]]) -> list[Item]:
-    out = []
-    for index, messages in enumerate(conversations):
-        ids, roles = context.chat.messages(messages)
-        if len(ids) <= context.config.train.row_length:
-            zeros = np.zeros(len(ids), np.float32)
-            trajectory = Trajectory(f"demonstration/{index}", 0, "demonstration", ids, roles, zeros)
-            weight = context.config.sft.observation_weight
-            out.append(packing.item(trajectory, "sampled", observation_weight=weight))
-    return out
 
 
 def rollout(
@@ -276,23 +256,17 @@ def train(
         checkpoint.save_params(folder / PARAMS, params)
         return {"steps": 0, "note": "no pair to learn from: the policy is unchanged"}
     at_reference = objective.kind == "pairs" and fingerprint(params) == reference.get("reference")
-    with _fresh_metrics(folder) as metrics:
-
-        def report(step: int, values: dict[str, float]) -> None:
-            metrics.write(step=step, **values)
-            advance(1)
-
-        trainer = context.trainer()
+    trainer = context.trainer()
+    with _recorded(folder, advance) as report:
         final = trainer.fit(
             params, shuffled(groups, plan.batch, seed), plan, objective,
             check_step_zero=at_reference, report=report,
         )  # fmt: skip
-        programs = trainer.compilations(objective)
     checkpoint.save_params(folder / PARAMS, final)
     return {
         "method": config.method,
         "steps": plan.steps,
-        "compilations": programs,
+        "compilations": trainer.compilations(objective),
         "policy": fingerprint(final),
     }
 
@@ -319,8 +293,15 @@ def _training_data(
     return groups, plan, objective
 
 
-def _fresh_metrics(folder: Path) -> MetricsWriter:
-    """A stage that starts anew starts its metrics anew."""
+@contextlib.contextmanager
+def _recorded(folder: Path, advance: Advance) -> Iterator[Callable[[int, dict[str, float]], None]]:
+    """A trainer's `report` into the stage's metrics; a stage that starts anew starts them anew."""
     path = folder / "metrics.jsonl"
     path.unlink(missing_ok=True)
-    return MetricsWriter(path)
+    with MetricsWriter(path) as metrics:
+
+        def report(step: int, values: dict[str, float]) -> None:
+            metrics.write(step=step, **values)
+            advance(1)
+
+        yield report

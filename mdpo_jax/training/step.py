@@ -46,7 +46,7 @@ def put(batch: PackedBatch, mesh: Mesh | None) -> Arrays:
     arrays = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
     if mesh is None:
         return {name: jnp.asarray(value) for name, value in arrays.items()}
-    rows = NamedSharding(mesh, PartitionSpec(None, ("data", "fsdp")))
+    rows = sharding.batch_sharding(mesh, leading=1)
     replicated = NamedSharding(mesh, PartitionSpec())
     return {
         name: jax.device_put(value, rows if value.ndim == 3 else replicated)
@@ -170,7 +170,7 @@ def make_step(
         params = jax.tree.map(
             lambda p, u: (p - learning_rate * u).astype(p.dtype), state.params, updates
         )
-        metrics |= {"grad_norm": optax.global_norm(gradients), "learning_rate": learning_rate}
+        metrics |= {"grad_norm": optax.tree.norm(gradients), "learning_rate": learning_rate}
         return TrainState(params, opt_state, state.step + 1), metrics
 
     if mesh is None:

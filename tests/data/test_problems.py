@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mdpo_jax.data.problems import MAX_ROW_BYTES, ProblemError, load_problems
+from mdpo_jax.data.problems import MAX_ROW_BYTES, ProblemError, load_problems, worked_solutions
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 GSM8K = {"question": "2+2?", "answer": "It is <<2+2=4>>4.\n#### 4"}
@@ -187,3 +187,20 @@ def test_a_folder_and_an_unreadable_file_are_named(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     with pytest.raises(ProblemError, match=r"quarantine: .*cannot be written"):
         load_problems(path, tmp_path / "file" / "q.jsonl")
+
+
+def test_worked_solutions_become_code(tmp_path):
+    path = tmp_path / "gsm8k.jsonl"
+    rows = [
+        {"question": "A?", "answer": "48/2 = <<48/2=24>>24.\n48+24 = <<48+24=72>>72\n#### 72"},
+        {"question": "B?", "answer": "No annotation.\n#### 1"},
+        {"question": "C?", "answer": "<<__import__('os').getpid()=3>>3\n#### 3"},
+        {"question": "D?", "answer": "<<2*3=6>>6 and no gold"},
+        {"question": "E?", "answer": "$<<(1.5+2)*4=14>>14\n#### 14"},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "<< not JSON\n")
+    found = [(p.id, p.answer, code) for p, code in worked_solutions(path)]
+    assert found == [
+        ("gsm8k/0", "72", "print(48/2)\nprint(48+24)"),
+        ("gsm8k/4", "14", "print((1.5+2)*4)"),
+    ]

@@ -5,24 +5,12 @@ import shutil
 
 import numpy as np
 import pytest
+from support import SMALL_RUN
 
 from mdpo_jax import evaluate, export, report, train
 from mdpo_jax.config import parse
 from mdpo_jax.data import store
 from mdpo_jax.pipeline import files
-
-SMALL = [
-    "--config=tiny", "--config.iterations=2", "--config.model.hidden_size=16",
-    "--config.model.intermediate_size=16", "--config.model.num_layers=1",
-    "--config.model.head_dim=8", "--config.sft.steps=6", "--config.sft.easy_steps=2",
-    "--config.sft.skill_steps=2", "--config.sft.demonstrations=40", "--config.sft.batch=4",
-    "--config.problems.per_iteration=4", "--config.problems.dev=4", "--config.problems.test=6",
-    "--config.rollout.slots=8", "--config.rollout.chunk_problems=2", "--config.rollout.samples=2",
-    "--config.rollout.previous_samples=1", "--config.rollout.turn_tokens=8",
-    "--config.rollout.trajectory_tokens=12", "--config.train.rows=4",
-    "--config.pairs.keep_limit=true", "--config.evaluate.pass_problems=2",
-    "--config.mesh.fsdp=1", "--config.train.batch_pairs=2",
-]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +19,7 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "r"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mdpo_jax.pipeline.evaluation._verdict", _by_parity)
-        assert train.main([*SMALL, f"--config.workdir={folder}"]) == 0
+        assert train.main([*SMALL_RUN, f"--config.workdir={folder}"]) == 0
     return folder
 
 
@@ -83,7 +71,7 @@ def test_problem_sets_are_disjoint(finished):
 
 def test_a_finished_run_does_nothing_again(finished):
     before = {p: p.stat().st_mtime_ns for p in finished.rglob("done.json")}
-    assert train.main([*SMALL, f"--config.workdir={finished}"]) == 0
+    assert train.main([*SMALL_RUN, f"--config.workdir={finished}"]) == 0
     assert before == {p: p.stat().st_mtime_ns for p in finished.rglob("done.json")}
 
 
@@ -100,7 +88,7 @@ def test_a_run_that_was_cut_ends_in_the_same_place(finished, tmp_path, graded_by
     assert len(chunks) > 2
     for chunk in chunks[1:]:
         chunk.unlink()
-    assert train.main([*SMALL, f"--config.workdir={again}"]) == 0
+    assert train.main([*SMALL_RUN, f"--config.workdir={again}"]) == 0
     for name in ("rollout/000-000002.jsonl.gz", "pairs/pairs.jsonl.gz", "reference/pairs.jsonl.gz"):
         ours, theirs = (d / "iteration-2" / name for d in (again, finished))
         assert ours.read_bytes() == theirs.read_bytes(), name
@@ -109,7 +97,7 @@ def test_a_run_that_was_cut_ends_in_the_same_place(finished, tmp_path, graded_by
 
 
 def test_another_configuration_is_refused(finished, capsys):
-    code = train.main([*SMALL, f"--config.workdir={finished}", "--config.train.eta=0.5"])
+    code = train.main([*SMALL_RUN, f"--config.workdir={finished}", "--config.train.eta=0.5"])
     assert code == 2
     assert "train.eta: 1.0 -> 0.5" in capsys.readouterr().err
 
@@ -147,7 +135,7 @@ def test_evaluate_reads_what_is_done_and_makes_what_is_not(finished, capsys):
     ],
 )
 def test_wrong_input_ends_in_one_line_and_2(argument, message, tmp_path, capsys):
-    assert train.main([*SMALL, f"--config.workdir={tmp_path / 'w'}", argument]) == 2
+    assert train.main([*SMALL_RUN, f"--config.workdir={tmp_path / 'w'}", argument]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
@@ -174,4 +162,4 @@ def test_a_stage_that_was_cut_starts_anew(tmp_path):
 
 
 def test_the_recipe_parses_with_the_tests_overrides():
-    assert parse(SMALL).iterations == 2
+    assert parse(SMALL_RUN).iterations == 2

@@ -431,7 +431,7 @@ def _expected(hint: Any) -> str:
         return f"comma-separated {_expected(typing.get_args(hint)[0])}s"
     if isinstance(hint, types.UnionType):
         return " or ".join(_expected(a) for a in typing.get_args(hint))
-    return {bool: "true or false", types.NoneType: "none"}.get(hint, hint.__name__)
+    return {bool: "true or false", types.NoneType: "none"}.get(hint) or hint.__name__
 
 
 def _convert(hint: Any, text: str) -> Any:

@@ -93,7 +93,8 @@ def main() -> None:
         "reference": "precomputed",
         "step_s": _spread(seconds), "step_cpu_s": _spread(cpu),
         "useful_tokens_per_cpu_s": _spread(rates), "real_fraction": statistics.mean(fills),
-        "compilations": step._cache_size(), "python": platform.python_version(),
+        "compilations": step._cache_size(),  # pyright: ignore[reportAttributeAccessIssue]
+        "python": platform.python_version(),
         "jax": jax.__version__, "device": jax.devices()[0].device_kind,
     }  # fmt: skip
     print(json.dumps(line))

@@ -99,7 +99,7 @@ def trajectory_from(row: dict) -> Trajectory:
 
 def pair_row(pair: Pair) -> dict:
     """A pair as a plain dict, with its reference log-probs if it has them."""
-    row = {"chosen": trajectory_row(pair.chosen), "rejected": trajectory_row(pair.rejected)}
+    row: dict = {"chosen": trajectory_row(pair.chosen), "rejected": trajectory_row(pair.rejected)}
     for side in ("chosen_reference", "rejected_reference"):
         values = getattr(pair, side)
         row[side] = None if values is None else _floats(values)

@@ -52,8 +52,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
     vocab = {processor.id_to_piece(i): i for i in range(processor.vocab_size())}
     tokenizer = GemmaTokenizer(
         vocab=vocab,
-        merges=_merges(processor, vocab),
-        mask_token=None,
+        merges=_merges(processor, vocab),  # pyright: ignore[reportArgumentType]
+        mask_token=None,  # pyright: ignore[reportArgumentType]
         extra_special_tokens=list(SPECIALS),
     )
     tokenizer.chat_template = CHAT_TEMPLATE

@@ -19,7 +19,7 @@ def serve(argument: Any) -> Callable[[dict[str, str]], dict[str, str]]:
     del argument
 
     def parse(text: str) -> list:
-        return math_verify.parse(f"\\boxed{{{text}}}", parsing_timeout=None)
+        return math_verify.parse(f"\\boxed{{{text}}}", parsing_timeout=None)  # pyright: ignore[reportArgumentType]
 
     def handle(request: dict[str, str]) -> dict[str, str]:
         try:

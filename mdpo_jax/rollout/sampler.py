@@ -128,7 +128,8 @@ class Sampler:
 
     def compilations(self) -> int:
         """How many programs this sampler has compiled."""
-        return sum(f._cache_size() for f in (self._extend, self._decode, self._unstack))
+        programs = (self._extend, self._decode, self._unstack)
+        return sum(f._cache_size() for f in programs)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _extend(config, dtype, params, state, tokens_RT, where_R, held_R, new_R, words_R2):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 
@@ -42,16 +44,17 @@ def init_state(params: Any, optimiser: Optimiser) -> TrainState:
     return TrainState(params, opt_state, jnp.zeros((), jnp.int32))
 
 
-def schedule(peak: float, warmup: int, total: int, final_fraction: float) -> optax.Schedule:
+def schedule(peak: float, warmup: int, total: int, final_fraction: float) -> Callable[[int], float]:
     """Linear warm-up to `peak`, then cosine to `final_fraction` of it; step -> learning rate.
 
     The warm-up is at most a tenth of a short run, so that a run of few steps still learns.
     """
     warmup = min(warmup, max(1, total // 10))
-    return optax.warmup_cosine_decay_schedule(
+    rate = optax.warmup_cosine_decay_schedule(
         init_value=peak / (warmup + 1),
         peak_value=peak,
         warmup_steps=warmup,
         decay_steps=max(total, warmup + 1),
         end_value=peak * final_fraction,
     )
+    return lambda step: np.asarray(rate(step)).item()

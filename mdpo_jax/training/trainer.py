@@ -95,7 +95,7 @@ class Trainer:
     def compilations(self, objective: Objective) -> int:
         """How many programs the step of this objective has compiled."""
         step = make_step(self.config, self.forward, objective, self.optimiser, self.mesh)
-        return step._cache_size()
+        return step._cache_size()  # pyright: ignore[reportAttributeAccessIssue]
 
     def _on_mesh(self) -> contextlib.AbstractContextManager:
         """Inside, activations are pinned to the mesh (model/sharding.py)."""

@@ -13,7 +13,7 @@ from mdpo_jax.config import Config, ConfigError
 from mdpo_jax.pipeline import stages
 from mdpo_jax.pipeline.context import Context
 from mdpo_jax.pipeline.evaluation import Advance, correct, evaluate
-from mdpo_jax.pipeline.files import open_run, stage, write_json
+from mdpo_jax.pipeline.files import DONE, open_run, read_json, stage, write_json
 from mdpo_jax.reporting.console import progress
 from mdpo_jax.reporting.metrics import paired_interval
 
@@ -52,7 +52,7 @@ def _run(context: Context) -> dict[str, Any]:
         "rows": rows,
         "chosen_iteration": chosen,
         "comparisons": _compare(context, config.iterations),
-        "compilations": {"rollout": context.sampler.compilations()},
+        "compilations": _compilations(context),
     }
     write_json(directory / "results.json", results)
     return results
@@ -125,6 +125,19 @@ def _evaluate(
             return {"rows": [{"stage": name, "iteration": iteration, **row} for row in rows]}
 
         return stage(target, work)["rows"]
+
+
+def _compilations(context: Context) -> dict[str, int]:
+    """Programs of the sampler, those compiled after its warm-up, and of the step (0: none ran)."""
+    trained = [
+        context.directory / f"iteration-{t}" / "train"
+        for t in range(1, 1 + context.config.iterations)
+    ]
+    return {
+        "rollout": context.sampler.compilations(),
+        "rollout_after_warm_up": context.sampler.late_compilations(),
+        "step": max(read_json(folder / DONE).get("compilations", 0) for folder in trained),
+    }
 
 
 def _best(rows: list[dict[str, Any]]) -> int:

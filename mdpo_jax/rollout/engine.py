@@ -21,6 +21,8 @@ from mdpo_jax.environment.tool import Observation, Session, Tool, wants_tool
 from mdpo_jax.rollout.sampler import DecodeState, Sampler
 from mdpo_jax.types import Finish, Problem, Role, Trajectory
 
+_AROUND = 32  # tokens, at most, that a template puts around an observation
+
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
@@ -98,6 +100,10 @@ class Engine:
         grown: list[int] = []  # slots whose ids are ahead of the cache
         waiting: list[tuple[int, Future[Observation]]] = []
         state = self._state if self._state is not None else self._sampler.start()
+        prompts = [len(self._chat.prompt(request.problem.question)) for request in order]
+        # What the template puts around an observation is a few tokens.
+        longest = max([self._limits.observation_tokens + _AROUND, *prompts])
+        state = self._sampler.warm_up(state, longest)
         while queue or slots:
             for index in range(self._sampler.shapes.slots):
                 if index not in slots and queue:

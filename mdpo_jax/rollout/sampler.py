@@ -78,6 +78,8 @@ class Sampler:
         )
         self.tokens_prefilled = 0
         self.tokens_decoded = 0
+        self._warm: set[tuple[int, int]] = set()
+        self._expected = 0
 
     def load(self, params: Any) -> None:
         """Take stacked training parameters as the policy to sample from."""
@@ -125,6 +127,30 @@ class Sampler:
         block = Block(*(np.asarray(x) for x in (ids, log_probs, counts)))
         self.tokens_decoded += int(block.counts.sum())
         return state, block
+
+    def warm_up(self, state: DecodeState, longest: int) -> DecodeState:
+        """Compile what extensions of up to `longest` tokens a row can need; returns the state.
+
+        Every row of these calls is padding, so the slots keep what they hold.
+        """
+        s = self.shapes
+        widest = next((b for b in s.width_buckets if b >= longest), s.context)
+        for rows in s.row_buckets:
+            for width in s.width_buckets[: s.width_buckets.index(widest) + 1]:
+                if (rows, width) not in self._warm:
+                    self._warm.add((rows, width))
+                    nothing = np.zeros((2, rows), np.int32)
+                    state = self._extend(
+                        self._params, state, np.zeros((rows, width), np.int32),
+                        np.full(rows, s.slots, np.int32), *nothing, np.zeros((rows, 2), np.uint32),
+                    )  # fmt: skip
+        state, _ = self.decode(state, np.zeros(s.slots, np.int32), 0.0)
+        self._expected = self.compilations()
+        return state
+
+    def late_compilations(self) -> int:
+        """How many programs were compiled after the last warm-up: 0, or a shape was missed."""
+        return self.compilations() - self._expected
 
     def compilations(self) -> int:
         """How many programs this sampler has compiled."""

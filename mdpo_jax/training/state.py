@@ -40,8 +40,14 @@ class Optimiser:
 
 def init_state(params: Any, optimiser: Optimiser) -> TrainState:
     """A state at step 0 whose moments are sharded as the parameters are."""
-    opt_state = jax.jit(optimiser.transform().init)(params)
-    return TrainState(params, opt_state, jnp.zeros((), jnp.int32))
+
+    def make(params: Any) -> tuple[Any, jax.Array]:
+        return optimiser.transform().init(params), jnp.zeros((), jnp.int32)
+
+    # The count is made beside the moments: a scalar of another origin would make the second step
+    # compile anew.
+    opt_state, step = jax.jit(make)(params)
+    return TrainState(params, opt_state, step)
 
 
 def schedule(peak: float, warmup: int, total: int, final_fraction: float) -> Callable[[int], float]:

@@ -50,6 +50,19 @@ def test_results_hold_what_others_script_against(finished):
     assert {(0, "greedy"), (0, "sampled"), (2, "greedy"), (2, "sampled")} <= test
 
 
+def test_no_iteration_compiles_the_step_or_the_sampler_again(finished):
+    steps = [
+        json.loads((finished / f"iteration-{t}" / "train" / "done.json").read_text())
+        for t in (1, 2)
+    ]
+    assert [s["compilations"] for s in steps] == [1, 1]
+    assert min(s["steps"] for s in steps) > 0
+    results = json.loads((finished / "results.json").read_text())
+    assert results["compilations"]["rollout"] > 0
+    assert results["compilations"]["rollout_after_warm_up"] == 0
+    assert results["compilations"]["step"] == 1
+
+
 def test_the_report_shows_trajectories_by_role(finished, tmp_path, capsys):
     page = (finished / "report" / "index.html").read_text()
     assert "observation" in page

@@ -106,6 +106,7 @@ def test_a_rerun_repeats_every_bit(always_tool):
 def test_no_program_compiles_after_warm_up_and_nothing_is_prefilled_twice(always_tool):
     e, sampler = engine()
     e.run(requests(), policy="x", temperature=1.0)
+    assert sampler.late_compilations() == 0
     warm, before = sampler.compilations(), sampler.tokens_prefilled
     found = e.run(requests(), policy="x", temperature=1.0)
     sampler.load(params())

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 
 class TrainState(NamedTuple):
@@ -39,15 +40,26 @@ class Optimiser:
 
 
 def init_state(params: Any, optimiser: Optimiser) -> TrainState:
-    """A state at step 0 whose moments are sharded as the parameters are."""
+    """A state at step 0 whose moments are sharded as the parameters are.
 
-    def make(params: Any) -> tuple[Any, jax.Array]:
-        return optimiser.transform().init(params), jnp.zeros((), jnp.int32)
-
-    # The count is made beside the moments: a scalar of another origin would make the second step
-    # compile anew.
-    opt_state, step = jax.jit(make)(params)
-    return TrainState(params, opt_state, step)
+    Everything in it is committed to its devices, as the step's outputs are; else the second step
+    would compile anew.
+    """
+    transform = optimiser.transform()
+    shardings = jax.tree.map(lambda x: x.sharding, params)
+    scalar = jax.tree.leaves(shardings)[0]
+    if isinstance(scalar, NamedSharding):
+        scalar = NamedSharding(scalar.mesh, PartitionSpec())
+    moments = optax.tree.map_params(
+        transform,
+        lambda _, sharding: sharding,
+        jax.eval_shape(transform.init, params),
+        shardings,
+        transform_non_params=lambda _: scalar,
+    )
+    opt_state = jax.jit(transform.init, out_shardings=moments)(params)
+    step = jax.device_put(jnp.zeros((), jnp.int32), scalar)
+    return TrainState(jax.device_put(params, shardings), opt_state, step)
 
 
 def schedule(peak: float, warmup: int, total: int, final_fraction: float) -> Callable[[int], float]:

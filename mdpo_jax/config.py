@@ -1,19 +1,14 @@
 """Typed run configuration: frozen dataclasses, validated as a whole before a device is touched.
 
-`python -m mdpo_jax.train --config=tiny --config.train.eta=0.3`: a recipe by name from `configs/`
-(or a path to such a file), then any field by its dotted path.
+`mdpo_jax/recipes.py` makes one from a recipe's name and the command line.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
-import importlib.util
 import json
-import types
 import typing
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +20,24 @@ class ConfigError(ValueError):
 def _require(ok: bool, field: str, value: object, accepted: str) -> None:
     if not ok:
         raise ConfigError(f"config.{field}={value!r}: expected {accepted}")
+
+
+def _at_least(least: int, section: str, values: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(values, name)
+        _require(value >= least, f"{section}.{name}", value, f"at least {least}")
+
+
+def _above_zero(section: str, values: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(values, name)
+        _require(value > 0, f"{section}.{name}", value, "more than 0")
+
+
+def _share(section: str, values: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(values, name)
+        _require(0 <= value <= 1, f"{section}.{name}", value, "a number from 0 to 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +58,15 @@ class Model:
     num_kv_heads: int = 2
     head_dim: int = 32
     remat: Literal["none", "full", "dots"] = "none"
+
+    def __post_init__(self) -> None:
+        _at_least(1, "model", self, "hidden_size", "intermediate_size", "num_layers", "num_heads")
+        _at_least(1, "model", self, "num_kv_heads", "head_dim")
+        # 256 bytes, the special tokens and a few pieces: a smaller one cannot be trained.
+        _at_least(300, "model", self, "vocab_size")
+        heads, groups = self.num_heads, self.num_kv_heads
+        _require(heads % groups == 0, "model.num_kv_heads", groups, f"a divisor of {heads} heads")
+        _require(self.head_dim % 2 == 0, "model.head_dim", self.head_dim, "an even number")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,11 +92,13 @@ class Problems:
     mental_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        _require(self.per_iteration >= 0, "problems.per_iteration", self.per_iteration, ">= 0")
-        _require(self.dev > 0, "problems.dev", self.dev, "a positive count")
-        _require(self.test > 0, "problems.test", self.test, "a positive count")
-        _require(0 <= self.noise <= 1, "problems.noise", self.noise, "a probability")
-        _require(bool(self.steps), "problems.steps", self.steps, "at least one share")
+        _at_least(0 if self.path else 1, "problems", self, "per_iteration")
+        _at_least(1, "problems", self, "dev", "test")
+        _at_least(9, "problems", self, "largest_start", "largest_value")
+        _share("problems", self, "noise")
+        _require(self.mental_scale >= 0, "problems.mental_scale", self.mental_scale, "at least 0")
+        shares = bool(self.steps) and min(self.steps) >= 0 and sum(self.steps) > 0
+        _require(shares, "problems.steps", self.steps, "shares of at least 0, not all 0")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,6 +128,13 @@ class SFT:
     observation_weight: float = 0.0
     previous_fraction: float = 0.34
 
+    def __post_init__(self) -> None:
+        _at_least(0, "sft", self, "steps", "easy_steps", "skill_steps", "warmup_steps")
+        _at_least(1, "sft", self, "demonstrations", "batch")
+        _above_zero("sft", self, "learning_rate")
+        _share("sft", self, "final_lr_fraction", "observation_weight", "previous_fraction")
+        _require(0 <= self.beta2 < 1, "sft.beta2", self.beta2, "from 0 to below 1")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rollout:
@@ -129,10 +160,9 @@ class Rollout:
     decode_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
-        _require(self.samples > 0, "rollout.samples", self.samples, "a positive count")
-        _require(self.temperature >= 0, "rollout.temperature", self.temperature, ">= 0")
-        for name in ("max_turns", "turn_tokens", "trajectory_tokens", "slots", "chunk_problems"):
-            _require(getattr(self, name) > 0, f"rollout.{name}", getattr(self, name), "> 0")
+        _at_least(1, "rollout", self, "samples", "max_turns", "turn_tokens", "trajectory_tokens")
+        _at_least(1, "rollout", self, "observation_tokens", "slots", "chunk_problems", "block")
+        _at_least(0, "rollout", self, "previous_samples", "temperature")
         _require(
             self.context >= self.trajectory_tokens,
             "rollout.context",
@@ -151,6 +181,11 @@ class Tool:
     preload: tuple[str, ...] = ("math", "numpy", "sympy")
     cache: bool = False
 
+    def __post_init__(self) -> None:
+        _above_zero("tool", self, "timeout")
+        _at_least(32, "tool", self, "memory_mb")
+        _at_least(0, "tool", self, "workers")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pairs:
@@ -165,6 +200,9 @@ class Pairs:
     keep_limit: bool = False
     require_tool: bool = True
     drop_error_before_answer: bool = True
+
+    def __post_init__(self) -> None:
+        _at_least(1, "pairs", self, "per_problem", "max_tokens")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -196,10 +234,13 @@ class Train:
     logprob_chunk: int = 2048
 
     def __post_init__(self) -> None:
-        _require(self.eta > 0, "train.eta", self.eta, "a positive number")
-        _require(self.learning_rate > 0, "train.learning_rate", self.learning_rate, "> 0")
-        _require(self.batch_pairs > 0, "train.batch_pairs", self.batch_pairs, "> 0")
-        _require(self.rows > 0, "train.rows", self.rows, "> 0")
+        _above_zero("train", self, "eta", "learning_rate", "clip")
+        _at_least(0, "train", self, "nll_weight", "max_steps", "warmup_steps", "weight_decay")
+        _at_least(1, "train", self, "batch_pairs", "epochs", "logprob_chunk")
+        # Two rows hold any pair whose sides fit a row each.
+        _at_least(2, "train", self, "rows", "row_length")
+        _share("train", self, "final_lr_fraction")
+        _require(0 <= self.beta2 < 1, "train.beta2", self.beta2, "from 0 to below 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -212,6 +253,11 @@ class Raft:
     batch: int = 32
     max_steps: int = 0
 
+    def __post_init__(self) -> None:
+        _at_least(1, "raft", self, "per_problem", "epochs", "batch")
+        _above_zero("raft", self, "learning_rate")
+        _at_least(0, "raft", self, "max_steps")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluate:
@@ -222,6 +268,10 @@ class Evaluate:
     pass_problems: int = 128
     shown: int = 12
 
+    def __post_init__(self) -> None:
+        _at_least(0, "evaluate", self, "temperature", "shown")
+        _at_least(1, "evaluate", self, "pass_samples", "pass_problems")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mesh:
@@ -230,6 +280,10 @@ class Mesh:
     data: int = 1
     fsdp: int = 0
     tensor: int = 1
+
+    def __post_init__(self) -> None:
+        _at_least(1, "mesh", self, "data", "tensor")
+        _at_least(0, "mesh", self, "fsdp")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -254,6 +308,7 @@ class Config:
 
     def __post_init__(self) -> None:
         _require(self.iterations >= 1, "iterations", self.iterations, "at least 1")
+        _require(self.seed >= 0, "seed", self.seed, "at least 0")
         _require(
             self.model.path is not None or self.sft.steps > 0,
             "model.path",
@@ -305,162 +360,3 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
         elif a != b:
             out.append(f"{prefix}{key}: {a!r} -> {b!r}")
     return out
-
-
-# --- recipes and overrides -------------------------------------------------------------------
-
-
-def recipe_folder() -> Path:
-    """Where recipes lie: `configs/` of the checkout, or inside an installed wheel."""
-    packaged = Path(__file__).parent / "configs"
-    return packaged if packaged.is_dir() else Path(__file__).parent.parent / "configs"
-
-
-def load_recipe(name: str) -> Config:
-    """The `Config` of `configs/NAME.py` (or of a path to such a file)."""
-    known = sorted(p.stem for p in recipe_folder().glob("*.py") if not p.stem.startswith("_"))
-    path = Path(name) if name.endswith(".py") else recipe_folder() / f"{name}.py"
-    if not path.is_file():
-        raise ConfigError(
-            f"--config={name}: unknown recipe{_closest(name, known)}; known: {', '.join(known)}"
-        )
-    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"--config={name}: {path} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
-
-
-def smoke(config: Config) -> Config:
-    """The recipe with a stand-in model and counts that a CPU runs in minutes.
-
-    Model shape, problems and counts shrink, those of tokens included; objective, types, turns,
-    samples, reference and mixture stay.
-    The stand-in is the synthetic suite with a short warm-up, so that there are pairs to learn from.
-    """
-    replace = dataclasses.replace
-    shape = {"path": None, "vocab_size": 448, "hidden_size": 64, "num_layers": 2, "num_heads": 4}
-    shape |= {"num_kv_heads": 2, "head_dim": 32, "intermediate_size": 192}
-    files = {"path": None, "dev_path": None, "test_path": None, "steps": (1.0,)}
-    warm_up = {"path": None, "steps": 150, "learning_rate": 4e-3, "beta2": 0.98, "batch": 16}
-    tokens = {"turn_tokens": 64, "trajectory_tokens": 192, "context": 256}
-    counts = {"demonstrations": 1500, "observation_weight": 0.25, "final_lr_fraction": 0.05}
-    return replace(
-        config,
-        name=f"{config.name}-smoke",
-        model=replace(config.model, **shape),
-        problems=replace(
-            config.problems, **files, per_iteration=8, dev=8, test=8, mental_scale=0.3
-        ),
-        sft=replace(config.sft, **warm_up, **counts),
-        rollout=replace(config.rollout, slots=64, chunk_problems=8, **tokens),
-        train=replace(config.train, batch_pairs=4, rows=4, row_length=256),
-        evaluate=replace(config.evaluate, pass_problems=4),
-    )
-
-
-def parse(arguments: Sequence[str]) -> Config:
-    """A recipe and its overrides from `--config=NAME [--smoke] --config.a.b=V ...`.
-
-    Overrides come after `--smoke` has shrunk the recipe.  Raises ConfigError.
-    """
-    names = [a.removeprefix("--config=") for a in arguments if a.startswith("--config=")]
-    if len(names) != 1:
-        raise ConfigError(f"--config: given {len(names)} times; expected --config=NAME once")
-    config = load_recipe(names[0])
-    if "--smoke" in arguments:
-        config = smoke(config)
-    for argument in arguments:
-        if argument.startswith("--config=") or argument == "--smoke":
-            continue
-        path, equals, value = argument.removeprefix("--config.").partition("=")
-        if not argument.startswith("--config.") or not equals:
-            raise ConfigError(f"{argument}: unknown argument; expected --config.FIELD=VALUE")
-        config = override(config, path, value)
-    return config
-
-
-def override(config: Any, path: str, value: str, whole: str | None = None) -> Any:
-    """`config` with the field at the dotted `path` replaced by the parsed `value`."""
-    whole = whole or path
-    head, _, rest = path.partition(".")
-    hints = typing.get_type_hints(type(config))
-    if head not in hints:
-        raise ConfigError(
-            f"--config.{whole}: unknown field {head!r} of {type(config).__name__}"
-            f"{_closest(head, list(hints))}"
-        )
-    current = getattr(config, head)
-    if dataclasses.is_dataclass(current):
-        if not rest:
-            known = ", ".join(f.name for f in dataclasses.fields(current))
-            raise ConfigError(f"--config.{whole}={value}: {head} is a section; fields: {known}")
-        return dataclasses.replace(config, **{head: override(current, rest, value, whole)})
-    if rest:
-        raise ConfigError(f"--config.{whole}: {head} has no field {rest!r}; it is a single value")
-    try:
-        parsed = _convert(hints[head], value)
-    except ValueError as error:
-        raise ConfigError(f"--config.{whole}={value}: expected {error}") from None
-    return dataclasses.replace(config, **{head: parsed})
-
-
-def describe(config: Any, prefix: str = "--config.") -> list[tuple[str, str, str]]:
-    """(flag, type, value) of every field, for `--help`."""
-    rows = []
-    hints = typing.get_type_hints(type(config))
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            rows += describe(value, f"{prefix}{field.name}.")
-        else:
-            rows.append((f"{prefix}{field.name}", _expected(hints[field.name]), repr(value)))
-    return rows
-
-
-def _closest(word: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
-def _expected(hint: Any) -> str:
-    if typing.get_origin(hint) is Literal:
-        return "one of " + ", ".join(map(str, typing.get_args(hint)))
-    if typing.get_origin(hint) is tuple:
-        return f"comma-separated {_expected(typing.get_args(hint)[0])}s"
-    if isinstance(hint, types.UnionType):
-        return " or ".join(_expected(a) for a in typing.get_args(hint))
-    return {bool: "true or false", types.NoneType: "none"}.get(hint) or hint.__name__
-
-
-def _convert(hint: Any, text: str) -> Any:
-    """`text` as a value of type `hint`; ValueError carries what was expected."""
-    expected = ValueError(_expected(hint))
-    if isinstance(hint, types.UnionType):
-        if text.lower() == "none" and types.NoneType in typing.get_args(hint):
-            return None
-        return _convert(next(a for a in typing.get_args(hint) if a is not types.NoneType), text)
-    if typing.get_origin(hint) is Literal:
-        if text not in typing.get_args(hint):
-            raise expected
-        return text
-    if typing.get_origin(hint) is tuple:
-        inner = typing.get_args(hint)[0]
-        try:
-            return tuple(_convert(inner, part) for part in text.split(",") if part)
-        except ValueError:
-            raise expected from None
-    if hint is bool:
-        if text.lower() not in ("true", "false"):
-            raise expected
-        return text.lower() == "true"
-    if hint in (int, float):
-        try:
-            number = hint(text)
-        except ValueError:
-            raise expected from None
-        if number != number or number in (float("inf"), float("-inf")):
-            raise ValueError("a finite number")
-        return number
-    return text

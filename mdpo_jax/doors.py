@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
-from mdpo_jax import config as configuration
+from mdpo_jax import recipes
 from mdpo_jax.config import Config
 
 EXIT_OK, EXIT_INPUT, EXIT_RESUMABLE = 0, 2, 75
@@ -16,10 +16,10 @@ def run_door(arguments: Sequence[str], usage: str, work: Callable[[Config], None
     if "--help" in arguments or "-h" in arguments:
         named = [a for a in arguments if a.startswith("--config=")] or ["--config=tiny"]
         print(usage)
-        for flag, kind, value in configuration.describe(configuration.parse(named)):
+        for flag, kind, value in recipes.describe(recipes.parse(named)):
             print(f"  {flag}={value}  ({kind})")
         return EXIT_OK
-    return guarded(lambda: work(configuration.parse(arguments)))
+    return guarded(lambda: work(recipes.parse(arguments)))
 
 
 def guarded(work: Callable[[], None]) -> int:

@@ -1,6 +1,7 @@
 import pytest
 
-from mdpo_jax.config import ConfigError, describe, differences, from_dict, load_recipe, parse
+from mdpo_jax.config import ConfigError, differences, from_dict
+from mdpo_jax.recipes import describe, load_recipe, parse
 
 
 def test_overrides_are_typed_and_nested():
@@ -20,7 +21,7 @@ def test_overrides_are_typed_and_nested():
         ("--config.trian.eta=1", "unknown field 'trian' of Config; did you mean 'train'?"),
         ("--config.train.eta=abc", "expected float"),
         ("--config.train.eta=nan", "a finite number"),
-        ("--config.train.eta=-1", "train.eta=-1.0: expected a positive number"),
+        ("--config.train.eta=-1", "train.eta=-1.0: expected more than 0"),
         ("--config.seed=1.5", "expected int"),
         ("--config.tool.cache=yes", "expected true or false"),
         ("--config.method=ppo", "expected one of mdpo, dpo, raft"),
@@ -28,7 +29,7 @@ def test_overrides_are_typed_and_nested():
         ("--config.seed.x=1", "seed has no field 'x'"),
         ("--seed=1", "unknown argument; expected --config.FIELD=VALUE"),
         ("--config.rollout.context=8", "at least rollout.trajectory_tokens"),
-        ("--config.problems.noise=2", "a probability"),
+        ("--config.problems.noise=2", "a number from 0 to 1"),
     ],
 )
 def test_a_wrong_override_is_told_in_one_line(argument, message):
@@ -76,3 +77,19 @@ def test_a_config_comes_back_from_its_dict(name):
     assert from_dict(config.as_dict()) == config
     with pytest.raises(ConfigError, match="unknown field of Train"):
         from_dict({**config.as_dict(), "train": {"x": 1}})
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "sft.batch=0", "rollout.previous_samples=-1", "rollout.block=0", "train.rows=1",
+        "train.epochs=0", "raft.batch=0", "pairs.per_problem=0", "problems.per_iteration=0",
+        "problems.steps=0,0", "tool.timeout=0", "evaluate.pass_samples=0", "mesh.data=0",
+        "model.num_kv_heads=3", "model.head_dim=7", "model.vocab_size=20", "train.beta2=1",
+        "sft.previous_fraction=2", "seed=-1",
+    ],
+)  # fmt: skip
+def test_a_value_out_of_range_is_named_with_what_is_accepted(argument):
+    field, value = argument.split("=")
+    with pytest.raises(ConfigError, match=rf"config\.{field}=.*{value.split(',')[0]}.*: expected "):
+        parse(["--config=tiny", f"--config.{argument}"])

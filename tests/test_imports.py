@@ -14,10 +14,20 @@ FLOOR = {
     "pipeline": 5,
     "training": 4, "rollout": 4,
     "data": 3, "model": 3,
-    "reporting": 2, "grading": 2, "environment": 2, "chat": 2,
+    "reporting": 2, "grading": 2, "environment": 2, "chat": 2, "recipes": 2,
     "objectives": 1, "isolation": 1, "config": 1, "types": 1,
 }  # fmt: skip
-NO_JAX = ("isolation", "environment", "grading", "types", "config", "chat", "data", "reporting")
+NO_JAX = (
+    "isolation",
+    "environment",
+    "grading",
+    "types",
+    "config",
+    "recipes",
+    "chat",
+    "data",
+    "reporting",
+)
 
 
 def rooms(path: Path) -> set[str]:

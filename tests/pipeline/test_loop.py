@@ -8,9 +8,9 @@ import pytest
 from support import SMALL_RUN
 
 from mdpo_jax import evaluate, export, report, train
-from mdpo_jax.config import parse
 from mdpo_jax.data import store
 from mdpo_jax.pipeline import files
+from mdpo_jax.recipes import parse
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 import json
 
 from mdpo_jax import train
-from mdpo_jax.config import load_recipe, smoke
+from mdpo_jax.recipes import load_recipe, smoke
 
 
 def test_smoke_keeps_the_recipes_settings():

@@ -1,0 +1,174 @@
+"""Recipes by name, and overrides of their fields from the command line.
+
+`--config=tiny --config.train.eta=0.3`: `configs/tiny.py` (or a path to such a file), then any field
+by its dotted path.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.util
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from mdpo_jax.config import Config, ConfigError
+
+
+def recipe_folder() -> Path:
+    """Where recipes lie: `configs/` of the checkout, or inside an installed wheel."""
+    packaged = Path(__file__).parent / "configs"
+    return packaged if packaged.is_dir() else Path(__file__).parent.parent / "configs"
+
+
+def load_recipe(name: str) -> Config:
+    """The `Config` of `configs/NAME.py` (or of a path to such a file)."""
+    known = sorted(p.stem for p in recipe_folder().glob("*.py") if not p.stem.startswith("_"))
+    path = Path(name) if name.endswith(".py") else recipe_folder() / f"{name}.py"
+    if not path.is_file():
+        raise ConfigError(
+            f"--config={name}: unknown recipe{_closest(name, known)}; known: {', '.join(known)}"
+        )
+    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"--config={name}: {path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+def smoke(config: Config) -> Config:
+    """The recipe with a stand-in model and counts that a CPU runs in minutes.
+
+    Model shape, problems and counts shrink, those of tokens included; objective, types, turns,
+    samples, reference and mixture stay.
+    The stand-in is the synthetic suite with a short warm-up, so that there are pairs to learn from.
+    """
+    replace = dataclasses.replace
+    shape = {"path": None, "vocab_size": 448, "hidden_size": 64, "num_layers": 2, "num_heads": 4}
+    shape |= {"num_kv_heads": 2, "head_dim": 32, "intermediate_size": 192}
+    files = {"path": None, "dev_path": None, "test_path": None, "steps": (1.0,)}
+    warm_up = {"path": None, "steps": 150, "learning_rate": 4e-3, "beta2": 0.98, "batch": 16}
+    tokens = {"turn_tokens": 64, "trajectory_tokens": 192, "context": 256}
+    counts = {"demonstrations": 1500, "observation_weight": 0.25, "final_lr_fraction": 0.05}
+    return replace(
+        config,
+        name=f"{config.name}-smoke",
+        model=replace(config.model, **shape),
+        problems=replace(
+            config.problems, **files, per_iteration=8, dev=8, test=8, mental_scale=0.3
+        ),
+        sft=replace(config.sft, **warm_up, **counts),
+        rollout=replace(config.rollout, slots=64, chunk_problems=8, **tokens),
+        train=replace(config.train, batch_pairs=4, rows=4, row_length=256),
+        evaluate=replace(config.evaluate, pass_problems=4),
+    )
+
+
+def parse(arguments: Sequence[str]) -> Config:
+    """A recipe and its overrides from `--config=NAME [--smoke] --config.a.b=V ...`.
+
+    Overrides come after `--smoke` has shrunk the recipe.  Raises ConfigError.
+    """
+    names = [a.removeprefix("--config=") for a in arguments if a.startswith("--config=")]
+    if len(names) != 1:
+        raise ConfigError(f"--config: given {len(names)} times; expected --config=NAME once")
+    config = load_recipe(names[0])
+    if "--smoke" in arguments:
+        config = smoke(config)
+    for argument in arguments:
+        if argument.startswith("--config=") or argument == "--smoke":
+            continue
+        path, equals, value = argument.removeprefix("--config.").partition("=")
+        if not argument.startswith("--config.") or not equals:
+            raise ConfigError(f"{argument}: unknown argument; expected --config.FIELD=VALUE")
+        config = override(config, path, value)
+    return config
+
+
+def override(config: Any, path: str, value: str, whole: str | None = None) -> Any:
+    """`config` with the field at the dotted `path` replaced by the parsed `value`."""
+    whole = whole or path
+    head, _, rest = path.partition(".")
+    hints = typing.get_type_hints(type(config))
+    if head not in hints:
+        raise ConfigError(
+            f"--config.{whole}: unknown field {head!r} of {type(config).__name__}"
+            f"{_closest(head, list(hints))}"
+        )
+    current = getattr(config, head)
+    if dataclasses.is_dataclass(current):
+        if not rest:
+            known = ", ".join(f.name for f in dataclasses.fields(current))
+            raise ConfigError(f"--config.{whole}={value}: {head} is a section; fields: {known}")
+        return dataclasses.replace(config, **{head: override(current, rest, value, whole)})
+    if rest:
+        raise ConfigError(f"--config.{whole}: {head} has no field {rest!r}; it is a single value")
+    try:
+        parsed = _convert(hints[head], value)
+    except ValueError as error:
+        raise ConfigError(f"--config.{whole}={value}: expected {error}") from None
+    return dataclasses.replace(config, **{head: parsed})
+
+
+def describe(config: Any, prefix: str = "--config.") -> list[tuple[str, str, str]]:
+    """(flag, type, value) of every field, for `--help`."""
+    rows = []
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            rows += describe(value, f"{prefix}{field.name}.")
+        else:
+            rows.append((f"{prefix}{field.name}", _expected(hints[field.name]), repr(value)))
+    return rows
+
+
+def _closest(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _expected(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    if typing.get_origin(hint) is tuple:
+        return f"comma-separated {_expected(typing.get_args(hint)[0])}s"
+    if isinstance(hint, types.UnionType):
+        return " or ".join(_expected(a) for a in typing.get_args(hint))
+    return {bool: "true or false", types.NoneType: "none"}.get(hint) or hint.__name__
+
+
+def _convert(hint: Any, text: str) -> Any:
+    """`text` as a value of type `hint`; ValueError carries what was expected."""
+    expected = ValueError(_expected(hint))
+    if isinstance(hint, types.UnionType):
+        if text.lower() == "none" and types.NoneType in typing.get_args(hint):
+            return None
+        return _convert(next(a for a in typing.get_args(hint) if a is not types.NoneType), text)
+    if typing.get_origin(hint) is Literal:
+        if text not in typing.get_args(hint):
+            raise expected
+        return text
+    if typing.get_origin(hint) is tuple:
+        inner = typing.get_args(hint)[0]
+        try:
+            return tuple(_convert(inner, part) for part in text.split(",") if part)
+        except ValueError:
+            raise expected from None
+    if hint is bool:
+        if text.lower() not in ("true", "false"):
+            raise expected
+        return text.lower() == "true"
+    if hint in (int, float):
+        try:
+            number = hint(text)
+        except ValueError:
+            raise expected from None
+        if number != number or number in (float("inf"), float("-inf")):
+            raise ValueError("a finite number")
+        return number
+    return text

@@ -1,7 +1,7 @@
 """Causal attention over packed rows and over a cache; softmax in float32.
 
 Suffixes: B rows, T queries, S keys, H query heads, G key heads, M = H / G, K head_dim.
-Query head h reads key head h // M.
+Query head h reads key head h // M.  A window of W lets a token see itself and the W - 1 before it.
 """
 
 from __future__ import annotations
@@ -21,34 +21,39 @@ def attend(
     *,
     segments: Int[Array, "rows length"],
     scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
     backend: str = "reference",
 ) -> Float[Array, "rows length heads head_dim"]:
     """Each token attends to those of its segment at or before its place in the row.
 
-    Padding (segment 0) attends to padding: garbage that nothing reads, but finite.
-    Raises ValueError for a backend that is not in `BACKENDS`.
+    softcap: cap * tanh(score / cap), before the mask.  Padding (segment 0) attends to padding:
+    garbage that nothing reads, but finite.  Raises ValueError for a backend that is not known.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend: {backend!r}; expected one of {', '.join(BACKENDS)}")
-    return BACKENDS[backend](q_BTHK, k_BSGK, v_BSGK, segments, scale)
+    return BACKENDS[backend](
+        q_BTHK, k_BSGK, v_BSGK, segments, scale=scale, window=window, softcap=softcap
+    )
 
 
-def _reference(q_BTHK, k_BSGK, v_BSGK, segments_BT, scale):
-    """Plain einsums, in blocks of queries that see only the keys before the block's end.
+def _reference(q_BTHK, k_BSGK, v_BSGK, segments_BT, *, scale, window, softcap):
+    """Plain einsums, in blocks of queries that see only the keys that they can reach.
 
     block 0  |x      |      scores of one block are [B, G, M, BLOCK, S] and are computed
-    block 1  |xxxx   |      again in the backward pass, so that no [T, T] array is kept
-    block 2  |xxxxxxx|
+    block 1  |xxxx   |      again in the backward pass, so that no [T, T] array is kept;
+    block 2  |  xxxxx|      a window leaves out what lies before it
     """
     length = q_BTHK.shape[1]
 
     def block(start: int, stop: int, q, k, v, segments):
-        places = jnp.arange(stop)
-        mask_BTS = segments[:, start:stop, None] == segments[:, None, :stop]
-        mask_BTS &= places[start:, None] >= places[None, :]
-        k_BGKS = k[:, :stop].transpose(0, 2, 3, 1)
-        v_BGSK = v[:, :stop].transpose(0, 2, 1, 3)
-        return _masked(q[:, start:stop], k_BGKS, v_BGSK, mask_BTS, scale)
+        first = 0 if window is None else max(0, start - window + 1)
+        places = jnp.arange(first, stop)
+        mask_BTS = segments[:, start:stop, None] == segments[:, None, first:stop]
+        mask_BTS &= _causal(jnp.arange(start, stop)[:, None], places[None, :], window)
+        k_BGKS = k[:, first:stop].transpose(0, 2, 3, 1)
+        v_BGSK = v[:, first:stop].transpose(0, 2, 1, 3)
+        return _masked(q[:, start:stop], k_BGKS, v_BGSK, mask_BTS, scale, softcap)
 
     if length <= BLOCK:
         return block(0, length, q_BTHK, k_BSGK, v_BSGK, segments_BT)
@@ -65,16 +70,28 @@ def attend_cache(
     k_BGKS: Float[Array, "rows kv_heads head_dim length"],
     v_BGSK: Float[Array, "rows kv_heads length head_dim"],
     positions_BT: Int[Array, "rows new"],
+    places_BS: Int[Array, "rows_or_1 length"],
     *,
     scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> Float[Array, "rows new heads head_dim"]:
-    """A query at position p attends to the cache's positions 0..p."""
-    places_S = jnp.arange(v_BGSK.shape[2])
-    blocks = [
-        _masked(q_BTHK[:, a:b], k_BGKS, v_BGSK, places_S <= positions_BT[:, a:b, None], scale)
-        for a, b in _spans(q_BTHK.shape[1])
-    ]
+    """A query at position p attends to the keys whose place is in 0..p, and in its window.
+
+    places: the position of the token that each entry of the cache holds, negative for none.
+    """
+    places = places_BS[:, None, :]
+    blocks = []
+    for a, b in _spans(q_BTHK.shape[1]):
+        mask_BTS = (places >= 0) & _causal(positions_BT[:, a:b, None], places, window)
+        blocks.append(_masked(q_BTHK[:, a:b], k_BGKS, v_BGSK, mask_BTS, scale, softcap))
     return jnp.concatenate(blocks, axis=1)
+
+
+def _causal(queries, keys, window):
+    """Which keys a query may see, by their places."""
+    mask = queries >= keys
+    return mask if window is None else mask & (queries - keys < window)
 
 
 def _spans(length: int) -> list[tuple[int, int]]:
@@ -82,13 +99,15 @@ def _spans(length: int) -> list[tuple[int, int]]:
     return [(start, min(start + BLOCK, length)) for start in range(0, length, BLOCK)]
 
 
-def _masked(q_BTHK, k_BGKS, v_BGSK, mask_BTS, scale):
+def _masked(q_BTHK, k_BGKS, v_BGSK, mask_BTS, scale, softcap):
     """Attention under a boolean mask; float32 scores and softmax, weights in the values' dtype."""
     b, t, h, k = q_BTHK.shape
     g = k_BGKS.shape[1]
     q_BGMTK = (q_BTHK * jnp.asarray(scale, q_BTHK.dtype)).reshape(b, t, g, h // g, k)
     q_BGMTK = q_BGMTK.transpose(0, 2, 3, 1, 4)
     scores = jnp.einsum("bgmtk,bgks->bgmts", q_BGMTK, k_BGKS, preferred_element_type=jnp.float32)
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
     scores = jnp.where(mask_BTS[:, None, None], scores, MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(v_BGSK.dtype)
     out_BGMTK = jnp.einsum("bgmts,bgsk->bgmtk", weights, v_BGSK)

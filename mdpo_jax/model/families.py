@@ -9,6 +9,7 @@ sharding.py, and the file layout from `stored`, so a family is nothing but its e
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import re
@@ -20,8 +21,37 @@ import jax.numpy as jnp
 
 
 @dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotary frequencies: base theta, and how a longer context stretches them.
+
+    kind: default | linear (all frequencies over `factor`) | llama3 (low ones over `factor`, those
+    between low_factor and high_factor turns of `original` positions interpolated).
+    """
+
+    theta: float = 10000.0
+    kind: str = "default"
+    factor: float = 1.0
+    low_factor: float = 1.0
+    high_factor: float = 4.0
+    original: int = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerKind:
+    """What differs between layers of one model: the sliding window (None: all before) and RoPE."""
+
+    window: int | None = None
+    rope: Rope = Rope()
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """What the decoder needs to know of a model; `from_hf` makes it from a config.json."""
+    """What the decoder needs to know of a model; `from_hf` makes it from a config.json.
+
+    kinds, layer_kinds: the one or two kinds of layers, and the index of each layer's kind (empty:
+    all of the first).  query_scale: factor on the scores, None for head_dim**-0.5.
+    attention_cap, logit_cap: soft caps, cap * tanh(x / cap), None for none.
+    """
 
     family: str
     vocab_size: int
@@ -32,8 +62,13 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
     max_positions: int = 8192
+    tied: bool = True
+    kinds: tuple[LayerKind, ...] = (LayerKind(),)
+    layer_kinds: tuple[int, ...] = ()
+    query_scale: float | None = None
+    attention_cap: float | None = None
+    logit_cap: float | None = None
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
@@ -49,6 +84,24 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim: {self.head_dim}; expected an even number, for RoPE")
+        if self.layer_kinds and len(self.layer_kinds) != self.num_layers:
+            raise ValueError(
+                f"layer_kinds: {len(self.layer_kinds)} of them; expected {self.num_layers}"
+            )
+
+    @property
+    def traits(self) -> Family:
+        """What the family computes."""
+        return FAMILIES[self.family]
+
+    @property
+    def scale(self) -> float:
+        """Factor on attention scores."""
+        return self.head_dim**-0.5 if self.query_scale is None else self.query_scale
+
+    def kind(self, layer: int) -> LayerKind:
+        """Of one layer."""
+        return self.kinds[self.layer_kinds[layer] if self.layer_kinds else 0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,69 +151,89 @@ class Weight:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A decoder family: its Hugging Face names and its weight map."""
+    """What a family computes, as a row of the table; all else is read from config.json.
+
+    activations: accepted names, of which the last is written.  unit_offset: RMSNorm multiplies by
+    1 + w in float32 and casts afterwards; else it casts first and multiplies by w.
+    scaled_embedding: tokens times sqrt(hidden_size).  qkv_bias, qk_norm: on the projections, and a
+    norm over head_dim before RoPE.  sandwich: norms behind attention and MLP too.
+    """
 
     architecture: str
-    activations: tuple[str, ...]
-    weights: tuple[Weight, ...]
+    model_type: str
+    activations: tuple[str, ...] = ("silu",)
+    unit_offset: bool = False
+    scaled_embedding: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    sandwich: bool = False
 
 
-def _layer(path: str, name: str, axes: str, stored: str) -> Weight:
-    return Weight(f"layers/{path}", f"model.layers.{{layer}}.{name}.weight", axes, stored)
-
+# Old Gemma configs say "gelu" and mean tanh, 1.1 included.
+_TANH = ("gelu", "gelu_pytorch_tanh")
+_GEMMA: dict[str, Any] = {"activations": _TANH, "unit_offset": True, "scaled_embedding": True}
 
 FAMILIES: dict[str, Family] = {
-    "gemma": Family(
-        architecture="GemmaForCausalLM",
-        # Old configs say "gelu" and mean tanh, 1.1 included.
-        activations=("gelu", "gelu_pytorch_tanh"),
-        weights=(
-            Weight("embedder/table", "model.embed_tokens.weight", "vocab embed", "vocab embed"),
-            Weight("final_norm/weight", "model.norm.weight", "norm", "norm"),
-            _layer("attention_norm/weight", "input_layernorm", "norm", "norm"),
-            _layer(
-                "attention/query",
-                "self_attn.q_proj",
-                "embed heads head_dim",
-                "(heads head_dim) embed",
-            ),
-            _layer(
-                "attention/key",
-                "self_attn.k_proj",
-                "embed kv_heads head_dim",
-                "(kv_heads head_dim) embed",
-            ),
-            _layer(
-                "attention/value",
-                "self_attn.v_proj",
-                "embed kv_heads head_dim",
-                "(kv_heads head_dim) embed",
-            ),
-            _layer(
-                "attention/output",
-                "self_attn.o_proj",
-                "heads head_dim embed",
-                "embed (heads head_dim)",
-            ),
-            _layer("mlp_norm/weight", "post_attention_layernorm", "norm", "norm"),
-            _layer("mlp/gate", "mlp.gate_proj", "embed mlp", "mlp embed"),
-            _layer("mlp/up", "mlp.up_proj", "embed mlp", "mlp embed"),
-            _layer("mlp/down", "mlp.down_proj", "mlp embed", "embed mlp"),
-        ),
-    ),
+    "gemma": Family("GemmaForCausalLM", "gemma", **_GEMMA),
+    "gemma2": Family("Gemma2ForCausalLM", "gemma2", **_GEMMA, sandwich=True),
+    "gemma3": Family("Gemma3ForCausalLM", "gemma3_text", **_GEMMA, sandwich=True, qk_norm=True),
+    "llama": Family("LlamaForCausalLM", "llama"),
+    "mistral": Family("MistralForCausalLM", "mistral"),
+    "qwen2": Family("Qwen2ForCausalLM", "qwen2", qkv_bias=True),
+    "qwen3": Family("Qwen3ForCausalLM", "qwen3", qk_norm=True),
 }
 
-_FIELDS = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "hidden_size",
-    "intermediate_size": "intermediate_size",
-    "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "num_kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "rms_norm_eps": "rms_norm_eps",
-    "max_positions": "max_position_embeddings",
-}
+
+def _layer(path: str, name: str, axes: str, stored: str = "") -> Weight:
+    return Weight(f"layers/{path}", f"model.layers.{{layer}}.{name}", axes, stored or axes)
+
+
+_QUERY, _KEY = ("heads head_dim", "(heads head_dim)"), ("kv_heads head_dim", "(kv_heads head_dim)")
+_EVERY = (
+    Weight("embedder/table", "model.embed_tokens.weight", "vocab embed", "vocab embed"),
+    Weight("final_norm/weight", "model.norm.weight", "norm", "norm"),
+    _layer("attention_norm/weight", "input_layernorm.weight", "norm"),
+    _layer(
+        "attention/query", "self_attn.q_proj.weight", f"embed {_QUERY[0]}", f"{_QUERY[1]} embed"
+    ),
+    _layer("attention/key", "self_attn.k_proj.weight", f"embed {_KEY[0]}", f"{_KEY[1]} embed"),
+    _layer("attention/value", "self_attn.v_proj.weight", f"embed {_KEY[0]}", f"{_KEY[1]} embed"),
+    _layer(
+        "attention/output", "self_attn.o_proj.weight", f"{_QUERY[0]} embed", f"embed {_QUERY[1]}"
+    ),
+    _layer("mlp/gate", "mlp.gate_proj.weight", "embed mlp", "mlp embed"),
+    _layer("mlp/up", "mlp.up_proj.weight", "embed mlp", "mlp embed"),
+    _layer("mlp/down", "mlp.down_proj.weight", "mlp embed", "embed mlp"),
+)
+_PLAIN = (_layer("mlp_norm/weight", "post_attention_layernorm.weight", "norm"),)
+_SANDWICH = (
+    _layer("attention_post_norm/weight", "post_attention_layernorm.weight", "norm"),
+    _layer("mlp_norm/weight", "pre_feedforward_layernorm.weight", "norm"),
+    _layer("mlp_post_norm/weight", "post_feedforward_layernorm.weight", "norm"),
+)
+_QKV_BIAS = (
+    _layer("attention/query_bias", "self_attn.q_proj.bias", *_QUERY),
+    _layer("attention/key_bias", "self_attn.k_proj.bias", *_KEY),
+    _layer("attention/value_bias", "self_attn.v_proj.bias", *_KEY),
+)
+_QK_NORM = (
+    _layer("attention/query_norm/weight", "self_attn.q_norm.weight", "head_dim"),
+    _layer("attention/key_norm/weight", "self_attn.k_norm.weight", "head_dim"),
+)
+_HEAD = (Weight("head/table", "lm_head.weight", "vocab embed", "vocab embed"),)
+
+
+def weight_map(config: ModelConfig) -> tuple[Weight, ...]:
+    """The weights of a model of this config."""
+    traits = config.traits
+    optional = (
+        (_SANDWICH, traits.sandwich),
+        (_PLAIN, not traits.sandwich),
+        (_QKV_BIAS, traits.qkv_bias),
+        (_QK_NORM, traits.qk_norm),
+        (_HEAD, not config.tied),
+    )
+    return _EVERY + tuple(weight for group, there in optional if there for weight in group)
 
 
 def axis_sizes(config: ModelConfig) -> dict[str, int]:
@@ -175,11 +248,6 @@ def axis_sizes(config: ModelConfig) -> dict[str, int]:
         "head_dim": config.head_dim,
         "mlp": config.intermediate_size,
     }
-
-
-def weight_map(config: ModelConfig) -> tuple[Weight, ...]:
-    """The weights of a model of this config."""
-    return FAMILIES[config.family].weights
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -211,58 +279,147 @@ def count_params(config: ModelConfig) -> int:
     return sum(math.prod(w.shape(config)) for w in weight_map(config))
 
 
-def from_hf(raw: Mapping[str, Any]) -> ModelConfig:
-    """`ModelConfig` of a parsed config.json.
+# What a config.json must say itself: transformers' defaults for these would be some other model's.
+_ESSENTIAL = ("hidden_size", "intermediate_size", "num_hidden_layers")
+_MULTIMODAL = ("Gemma3ForConditionalGeneration",)  # whose text half is one of FAMILIES
+_ROPES = ("default", "linear", "llama3")
+_NAMES = ("model_type", "architectures")
 
-    Raises ValueError, with the field and its value, for an architecture outside `FAMILIES`, a
-    missing or malformed field, quantised weights, or a feature that the decoder does not compute.
+
+def from_hf(raw: Mapping[str, Any]) -> ModelConfig:
+    """`ModelConfig` of a parsed config.json, which may be of transformers 4 or 5.
+
+    The library's own config class fills in what the file leaves out.  Raises ValueError, with the
+    field and its value, for an architecture outside `FAMILIES`, a missing or malformed field,
+    quantised weights, or a feature that the decoder does not compute.
     """
     if raw.get("quantization_config"):
         raise ValueError("quantization_config: quantised weights; expected float weights")
     family = _family(raw)
-    missing = [name for name in _FIELDS.values() if raw.get(name) is None]
-    if missing:
-        raise ValueError(f"{missing[0]}: missing in config.json of a {family} model")
-    _refuse_unsupported(raw, FAMILIES[family])
-    values = {ours: raw[theirs] for ours, theirs in _FIELDS.items()}
-    return ModelConfig(family=family, rope_theta=_rope_theta(raw), **values)
+    raw = text_config(raw)
+    for name in _ESSENTIAL:
+        if raw.get(name) is None:
+            raise ValueError(f"{name}: missing in config.json of a {family} model")
+    parsed = _parse(FAMILIES[family].model_type, raw)
+    _refuse_unsupported(raw, parsed, FAMILIES[family])
+    kinds, layer_kinds = _layers(parsed)
+    scalar = getattr(parsed, "query_pre_attn_scalar", None)
+    return ModelConfig(
+        family=family,
+        vocab_size=parsed.vocab_size,
+        hidden_size=parsed.hidden_size,
+        intermediate_size=parsed.intermediate_size,
+        num_layers=parsed.num_hidden_layers,
+        num_heads=parsed.num_attention_heads,
+        num_kv_heads=parsed.num_key_value_heads,
+        head_dim=_head_dim(parsed),
+        rms_norm_eps=parsed.rms_norm_eps,
+        max_positions=parsed.max_position_embeddings,
+        tied=parsed.tie_word_embeddings,
+        kinds=kinds,
+        layer_kinds=layer_kinds,
+        query_scale=None if scalar is None else scalar**-0.5,
+        attention_cap=getattr(parsed, "attn_logit_softcapping", None),
+        logit_cap=getattr(parsed, "final_logit_softcapping", None),
+    )
+
+
+def text_config(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The text half of a multimodal config.json; any other as it is."""
+    return raw["text_config"] if isinstance(raw.get("text_config"), Mapping) else raw
 
 
 def _family(raw: Mapping[str, Any]) -> str:
     """By architecture, which names the head; by model_type only in a config that lacks it."""
     known = {family.architecture: name for name, family in FAMILIES.items()}
+    types = {family.model_type: name for name, family in FAMILIES.items()}
     architectures = raw.get("architectures") or []
-    if not architectures and raw.get("model_type") in FAMILIES:
-        return raw["model_type"]
+    if not architectures and raw.get("model_type") in types:
+        return types[raw["model_type"]]
     for architecture in architectures:
         if architecture in known:
             return known[architecture]
+        half = text_config(raw).get("model_type")
+        if architecture in _MULTIMODAL and half in types:
+            return types[half]
     found = ", ".join(architectures) or f"none, with model_type {raw.get('model_type')!r}"
-    raise ValueError(f"architectures: {found}; known: {', '.join(known)}")
+    raise ValueError(f"architectures: {found}; known: {', '.join([*known, *_MULTIMODAL])}")
 
 
-def _refuse_unsupported(raw: Mapping[str, Any], family: Family) -> None:
-    activation = raw.get("hidden_activation") or raw.get("hidden_act") or family.activations[0]
-    if activation not in family.activations:
+def _parse(model_type: str, raw: Mapping[str, Any]) -> Any:
+    """The config as transformers reads it: old spellings, defaults and layer types resolved."""
+    from transformers import AutoConfig  # slow to import, and only reading a file needs it
+
+    # A copy, for the library writes into nested dictionaries.
+    fields = copy.deepcopy({k: v for k, v in raw.items() if k not in _NAMES})
+    try:
+        return AutoConfig.for_model(model_type, **fields)
+    except Exception as error:  # the library raises all kinds of its own
+        raise ValueError(f"not a {model_type} config: {' '.join(str(error).split())}") from None
+
+
+def _refuse_unsupported(raw: Mapping[str, Any], parsed: Any, family: Family) -> None:
+    named = raw.get("hidden_activation") or raw.get("hidden_act")
+    if named is not None and named not in family.activations:
         accepted = ", ".join(family.activations)
-        raise ValueError(f"hidden_act: {activation!r}; expected one of {accepted}")
-    if raw.get("attention_bias"):
-        raise ValueError("attention_bias: true; expected false")
-    if raw.get("attention_dropout"):
-        raise ValueError(f"attention_dropout: {raw['attention_dropout']}; expected 0")
-    if raw.get("tie_word_embeddings") is False:
-        raise ValueError("tie_word_embeddings: false; expected true")
-    if raw.get("use_bidirectional_attention"):
+        raise ValueError(f"hidden_act: {named!r}; expected one of {accepted}")
+    for name in ("attention_bias", "mlp_bias"):
+        if getattr(parsed, name, False):
+            raise ValueError(f"{name}: true; expected false")
+    if getattr(parsed, "attention_dropout", 0):
+        raise ValueError(f"attention_dropout: {parsed.attention_dropout}; expected 0")
+    if getattr(parsed, "use_bidirectional_attention", False):
         raise ValueError("use_bidirectional_attention: true; expected false or null")
 
 
-def _rope_theta(raw: Mapping[str, Any]) -> float:
-    """From `rope_parameters` (transformers 5) or `rope_theta` (4); default 10000."""
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind != "default":
-        raise ValueError(f"rope_type: {kind!r}; expected 'default'")
-    return float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0)
+def _head_dim(parsed: Any) -> int:
+    """Explicit, or hidden_size over heads, which must then divide."""
+    head_dim = getattr(parsed, "head_dim", None)
+    if head_dim is not None:
+        return head_dim
+    if parsed.hidden_size % parsed.num_attention_heads:
+        raise ValueError(
+            f"num_attention_heads: {parsed.num_attention_heads} does not divide hidden_size "
+            f"{parsed.hidden_size}, and there is no head_dim"
+        )
+    return parsed.hidden_size // parsed.num_attention_heads
+
+
+def _layers(parsed: Any) -> tuple[tuple[LayerKind, ...], tuple[int, ...]]:
+    """The kinds of layers in order of first use, and each layer's."""
+    window = getattr(parsed, "sliding_window", None)
+    # Without layer types (Mistral), a window is every layer's.
+    default = "full_attention" if window is None else "sliding_attention"
+    names = getattr(parsed, "layer_types", None) or [default] * parsed.num_hidden_layers
+    kinds: list[LayerKind] = []
+    layer_kinds = []
+    for name in names:
+        if name not in ("full_attention", "sliding_attention"):
+            raise ValueError(f"layer_types: {name!r}; expected full_attention or sliding_attention")
+        ropes = parsed.rope_parameters
+        rope = _rope(ropes[name] if name in ropes else ropes, parsed)
+        kind = LayerKind(window if name == "sliding_attention" else None, rope)
+        if kind not in kinds:
+            kinds.append(kind)
+        layer_kinds.append(kinds.index(kind))
+    return tuple(kinds), tuple(layer_kinds) if len(kinds) > 1 else ()
+
+
+def _rope(parameters: Mapping[str, Any], parsed: Any) -> Rope:
+    kind = parameters.get("rope_type") or "default"
+    if kind not in _ROPES:
+        raise ValueError(f"rope_type: {kind!r}; expected one of {', '.join(_ROPES)}")
+    if float(parameters.get("partial_rotary_factor") or 1.0) != 1.0:
+        raise ValueError("partial_rotary_factor: expected 1")
+    theta = float(parameters["rope_theta"])
+    if kind == "default":
+        return Rope(theta)
+    factor = float(parameters["factor"])
+    if kind == "linear":
+        return Rope(theta, kind, factor)
+    original = parameters.get("original_max_position_embeddings", parsed.max_position_embeddings)
+    low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
+    return Rope(theta, kind, factor, float(low), float(high), int(original))
 
 
 def to_hf(config: ModelConfig, extra: Mapping[str, Any], dtype: Any = "float32") -> dict[str, Any]:
@@ -270,18 +427,76 @@ def to_hf(config: ModelConfig, extra: Mapping[str, Any], dtype: Any = "float32")
 
     extra: the source's config.json, or {} for a model made from scratch.  dtype: of the weights.
     """
-    family = FAMILIES[config.family]
-    name = str(jnp.dtype(dtype))
-    ours = {theirs: getattr(config, ours) for ours, theirs in _FIELDS.items()}
+    traits, name = config.traits, str(jnp.dtype(dtype))
+    # Gemma 2 and 3 have a field of their own.
+    activation = "hidden_activation" if traits.sandwich else "hidden_act"
     return {
-        "hidden_act": family.activations[-1],
-        **extra,
-        **ours,
-        "architectures": [family.architecture],
-        "model_type": config.family,
+        activation: traits.activations[-1],
+        **text_config(extra),
+        "architectures": [traits.architecture],
+        "model_type": traits.model_type,
         "dtype": name,
         "torch_dtype": name,
-        "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "tie_word_embeddings": True,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "rms_norm_eps": config.rms_norm_eps,
+        "max_position_embeddings": config.max_positions,
+        "tie_word_embeddings": config.tied,
+        **_windows_to_hf(config),
+        **_ropes_to_hf(config),
     }
+
+
+def _windows_to_hf(config: ModelConfig) -> dict[str, Any]:
+    """Windows, layer types and soft caps, in the families that have such fields."""
+    windows = [config.kind(i).window for i in range(config.num_layers)]
+    window = next((w for w in windows if w is not None), None)
+    names = ["full_attention" if w is None else "sliding_attention" for w in windows]
+    if config.family == "mistral":
+        return {"sliding_window": window}
+    if config.family in ("qwen2", "qwen3"):
+        used = window is not None
+        return {"use_sliding_window": used, "sliding_window": window, "layer_types": names}
+    if config.family in ("gemma2", "gemma3"):
+        return {
+            "sliding_window": window,
+            "layer_types": names,
+            "query_pre_attn_scalar": round(config.scale**-2),
+            "attn_logit_softcapping": config.attention_cap,
+            "final_logit_softcapping": config.logit_cap,
+        }
+    return {}
+
+
+def _ropes_to_hf(config: ModelConfig) -> dict[str, Any]:
+    """Both dialects: `rope_theta` and `rope_scaling` (4), `rope_parameters` (5)."""
+    by_type = {
+        "full_attention" if kind.window is None else "sliding_attention": kind.rope
+        for kind in config.kinds
+    }
+    main = by_type.get("full_attention", config.kinds[0].rope)
+    scaling = None if main.kind == "default" else _rope_to_hf(main)
+    fields = {"rope_theta": main.theta, "rope_scaling": scaling}
+    if config.family != "gemma3":
+        return {**fields, "rope_parameters": _rope_to_hf(main)}
+    local = by_type.get("sliding_attention", main)
+    nested = {"full_attention": _rope_to_hf(main), "sliding_attention": _rope_to_hf(local)}
+    return {**fields, "rope_local_base_freq": local.theta, "rope_parameters": nested}
+
+
+def _rope_to_hf(rope: Rope) -> dict[str, Any]:
+    fields: dict[str, Any] = {"rope_type": rope.kind, "rope_theta": rope.theta}
+    if rope.kind != "default":
+        fields["factor"] = rope.factor
+    if rope.kind == "llama3":
+        fields |= {
+            "low_freq_factor": rope.low_factor,
+            "high_freq_factor": rope.high_factor,
+            "original_max_position_embeddings": rope.original,
+        }
+    return fields

@@ -4,6 +4,8 @@
     decoding  `extend`         layers apart (`layer_0`, ...), each with its own cache arrays
 
 Scanning over a stacked cache copies it in each step; apart, a donated cache is updated in place.
+What a family computes is read from `ModelConfig.traits`; there is no class a family.  A projection
+whose leaf `NAME` has neighbours `NAME_lora_a` and `NAME_lora_b` adds their product (lora.py).
 
 Suffixes: B or R rows, T tokens, D hidden, H heads, G key heads, K head_dim, F mlp, S cache length,
 V vocab.
@@ -11,6 +13,7 @@ V vocab.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -18,12 +21,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from mdpo_jax.model import caching
 from mdpo_jax.model.attention import attend, attend_cache
-from mdpo_jax.model.families import ModelConfig
+from mdpo_jax.model.caching import Cache
+from mdpo_jax.model.families import ModelConfig, Rope
 from mdpo_jax.model.sharding import constrain
 
 Params = dict[str, Any]
-Cache = tuple[dict[str, jax.Array], ...]  # a layer: keys [R, G, K, S] and values [R, G, S, K]
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -32,21 +36,25 @@ REMAT_POLICIES = {
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * (1 + w) in float32, cast after the multiplication."""
+    """x / rms(x) * w in float32: Gemma's 1 + w is applied before the cast, others' w after it."""
 
-    eps: float
+    config: ModelConfig
     param_dtype: Any
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        w_D = self.param("weight", nn.initializers.zeros, x_BTD.shape[-1:], self.param_dtype)
-        x = x_BTD.astype(jnp.float32)
-        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
-        return (x * (1.0 + w_D.astype(jnp.float32))).astype(x_BTD.dtype)
+    def __call__(self, x: jax.Array) -> jax.Array:
+        offset = self.config.traits.unit_offset
+        init = nn.initializers.zeros if offset else nn.initializers.ones
+        w = self.param("weight", init, x.shape[-1:], self.param_dtype)
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.config.rms_norm_eps)
+        if offset:
+            return (y * (1.0 + w.astype(jnp.float32))).astype(x.dtype)
+        return y.astype(x.dtype) * w.astype(x.dtype)
 
 
 class Embedder(nn.Module):
-    """The tied table; tokens come out times sqrt(D), the scalar rounded to the compute dtype."""
+    """The table; in Gemma tokens come out times sqrt(D), the scalar rounded to the compute dtype."""
 
     config: ModelConfig
     dtype: Any
@@ -54,83 +62,134 @@ class Embedder(nn.Module):
 
     @nn.compact
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
-        shape = (self.config.vocab_size, self.config.hidden_size)
-        init = nn.initializers.normal(self.config.hidden_size**-0.5)
-        table_VD = self.param("table", init, shape, self.param_dtype)
+        c = self.config
+        table_VD = _table(self, c, self.param_dtype)
         x_BTD = jnp.take(table_VD, tokens_BT, axis=0, mode="clip").astype(self.dtype)
-        return x_BTD * jnp.asarray(self.config.hidden_size**0.5, self.dtype)
+        if c.traits.scaled_embedding:
+            x_BTD = x_BTD * jnp.asarray(c.hidden_size**0.5, self.dtype)
+        return x_BTD
 
 
-class Attention(nn.Module):
-    """Grouped-query attention with rotary positions."""
+class Head(nn.Module):
+    """The table of an untied head: only holds it, `unembedding` reads it."""
+
+    config: ModelConfig
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self) -> None:
+        _table(self, self.config, self.param_dtype)
+
+
+def _table(module: nn.Module, config: ModelConfig, dtype: Any) -> jax.Array:
+    init = nn.initializers.normal(config.hidden_size**-0.5)
+    return module.param("table", init, (config.vocab_size, config.hidden_size), dtype)
+
+
+class Projections(nn.Module):
+    """What attention and MLP share: kernels whose first axes are contracted with x's last."""
 
     config: ModelConfig
     dtype: Any
     param_dtype: Any
-    backend: str
+
+    def kernel(self, name: str, shape: tuple[int, ...], inputs: int) -> jax.Array:
+        return self.param(name, _fan_in(inputs, len(shape)), shape, self.param_dtype)
+
+    def project(self, name: str, kernel: jax.Array, x: jax.Array, inputs: int = 1) -> jax.Array:
+        """x @ kernel, plus the low-rank x @ a @ b of an adapter where there is one."""
+        y = jnp.tensordot(x, kernel.astype(self.dtype), inputs)
+        if self.has_variable("params", f"{name}_lora_a"):
+            a, b = (self.get_variable("params", f"{name}_lora_{part}") for part in "ab")
+            low = jnp.tensordot(x, a.astype(self.dtype), inputs)
+            y = y + jnp.tensordot(low, b.astype(self.dtype), 1)
+        return y
+
+
+class Attention(Projections):
+    """Grouped-query attention with rotary positions."""
+
+    backend: str = "reference"
 
     def setup(self) -> None:
         c = self.config
         d, h, g, k = c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim
-        self.query = self._kernel("query", (d, h, k), inputs=(0,))
-        self.key = self._kernel("key", (d, g, k), inputs=(0,))
-        self.value = self._kernel("value", (d, g, k), inputs=(0,))
-        self.output = self._kernel("output", (h, k, d), inputs=(0, 1))
+        self.query = self.kernel("query", (d, h, k), 1)
+        self.key = self.kernel("key", (d, g, k), 1)
+        self.value = self.kernel("value", (d, g, k), 1)
+        self.output = self.kernel("output", (h, k, d), 2)
+        if c.traits.qkv_bias:
+            zeros = nn.initializers.zeros
+            self.query_bias = self.param("query_bias", zeros, (h, k), self.param_dtype)
+            self.key_bias = self.param("key_bias", zeros, (g, k), self.param_dtype)
+            self.value_bias = self.param("value_bias", zeros, (g, k), self.param_dtype)
+        if c.traits.qk_norm:
+            self.query_norm = RMSNorm(c, self.param_dtype)
+            self.key_norm = RMSNorm(c, self.param_dtype)
 
-    def _kernel(self, name: str, shape: tuple[int, ...], inputs: tuple[int, ...]) -> jax.Array:
-        return self.param(name, _fan_in(inputs, len(shape)), shape, self.param_dtype)
-
-    @property
-    def _scale(self) -> float:
-        return self.config.head_dim**-0.5
-
-    def _project(self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array]) -> tuple:
-        q_BTHK = jnp.einsum("btd,dhk->bthk", x_BTD, self.query.astype(self.dtype))
-        k_BTGK = jnp.einsum("btd,dgk->btgk", x_BTD, self.key.astype(self.dtype))
-        v_BTGK = jnp.einsum("btd,dgk->btgk", x_BTD, self.value.astype(self.dtype))
+    def _heads(self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array]) -> tuple:
+        q_BTHK = self.project("query", self.query, x_BTD)
+        k_BTGK = self.project("key", self.key, x_BTD)
+        v_BTGK = self.project("value", self.value, x_BTD)
+        if self.config.traits.qkv_bias:
+            q_BTHK = q_BTHK + self.query_bias.astype(self.dtype)
+            k_BTGK = k_BTGK + self.key_bias.astype(self.dtype)
+            v_BTGK = v_BTGK + self.value_bias.astype(self.dtype)
+        if self.config.traits.qk_norm:
+            q_BTHK, k_BTGK = self.query_norm(q_BTHK), self.key_norm(k_BTGK)
         return _rotate(q_BTHK, rope), _rotate(k_BTGK, rope), v_BTGK
 
     def _merge(self, out_BTHK: jax.Array) -> jax.Array:
-        return jnp.einsum("bthk,hkd->btd", out_BTHK, self.output.astype(self.dtype))
+        return self.project("output", self.output, out_BTHK, 2)
 
-    def __call__(self, x_BTD, rope, segments_BT):
-        q, k, v = self._project(x_BTD, rope)
-        out = attend(q, k, v, segments=segments_BT, scale=self._scale, backend=self.backend)
-        return self._merge(out)
+    def __call__(self, x_BTD, ropes, segments_BT, kind):
+        """kind: index of the layer's kind, a number or (under a scan) an array."""
+        c = self.config
+        q, k, v = self._heads(x_BTD, _pick(ropes, kind))
 
-    def extend(self, x_RTD, rope, cache, positions_RT, writes_RT):
-        """Writes keys and values at `writes`, then attends to the cache up to `positions`."""
-        q, k_RTGK, v_RTGK = self._project(x_RTD, rope)
-        rows = jnp.arange(x_RTD.shape[0])[:, None]
-        # No two writes meet: rows differ, and so do the places within a row, dropped ones too.
-        how = {"mode": "drop", "unique_indices": True}
-        keys, values = cache["keys"], cache["values"]
-        keys = keys.at[rows, :, :, writes_RT].set(k_RTGK.astype(keys.dtype), **how)
-        values = values.at[rows, :, writes_RT].set(v_RTGK.astype(values.dtype), **how)
-        out = attend_cache(q, keys, values, positions_RT, scale=self._scale)
-        return self._merge(out), {"keys": keys, "values": values}
+        def run(window: int | None):
+            def attention(q, k, v):
+                return attend(
+                    q, k, v, segments=segments_BT, scale=c.scale, window=window,
+                    softcap=c.attention_cap, backend=self.backend,
+                )  # fmt: skip
+
+            return attention
+
+        if len(c.kinds) == 1:
+            return self._merge(run(c.kinds[0].window)(q, k, v))
+        # A window is static in every kernel, so each kind is a branch; only one of them runs.
+        branches = [run(kind.window) for kind in c.kinds]
+        return self._merge(jax.lax.switch(kind, branches, q, k, v))
+
+    def extend(self, x_RTD, rope, kind, cache, span):
+        """Appends keys and values to the layer's cache, then attends to it."""
+        c = self.config
+        q, k_RTGK, v_RTGK = self._heads(x_RTD, rope)
+        attended, cache = caching.append(cache, k_RTGK, v_RTGK, span, kind.window)
+        out = attend_cache(
+            q, attended.keys, attended.values, span.positions, attended.places, scale=c.scale,
+            window=kind.window, softcap=c.attention_cap,
+        )  # fmt: skip
+        return self._merge(out), cache
 
 
-class MLP(nn.Module):
-    """down(gelu_tanh(gate(x)) * up(x))."""
-
-    config: ModelConfig
-    dtype: Any
-    param_dtype: Any
+class MLP(Projections):
+    """down(activation(gate(x)) * up(x)); GELU by its tanh formula in Gemma, SiLU elsewhere."""
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         d, f = self.config.hidden_size, self.config.intermediate_size
-        gate_DF = self.param("gate", _fan_in((0,), 2), (d, f), self.param_dtype)
-        up_DF = self.param("up", _fan_in((0,), 2), (d, f), self.param_dtype)
-        down_FD = self.param("down", _fan_in((0,), 2), (f, d), self.param_dtype)
-        gate_BTF = x_BTD @ gate_DF.astype(self.dtype)
-        up_BTF = x_BTD @ up_DF.astype(self.dtype)
-        return (nn.gelu(gate_BTF, approximate=True) * up_BTF) @ down_FD.astype(self.dtype)
+        gate_DF, up_DF = self.kernel("gate", (d, f), 1), self.kernel("up", (d, f), 1)
+        down_FD = self.kernel("down", (f, d), 1)
+        gate_BTF = self.project("gate", gate_DF, x_BTD)
+        silu = self.config.traits.activations == ("silu",)
+        gate_BTF = nn.silu(gate_BTF) if silu else nn.gelu(gate_BTF, approximate=True)
+        return self.project("down", down_FD, gate_BTF * self.project("up", up_DF, x_BTD))
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP, each with a residual."""
+    """Pre-norm attention and MLP, each with a residual; a sandwich norms their outputs too."""
 
     config: ModelConfig
     dtype: Any = jnp.float32
@@ -139,23 +198,30 @@ class Block(nn.Module):
 
     def setup(self) -> None:
         c, dtypes = self.config, (self.dtype, self.param_dtype)
-        self.attention_norm = RMSNorm(c.rms_norm_eps, self.param_dtype)
+        self.attention_norm = RMSNorm(c, self.param_dtype)
         self.attention = Attention(c, *dtypes, self.backend)
-        self.mlp_norm = RMSNorm(c.rms_norm_eps, self.param_dtype)
+        self.mlp_norm = RMSNorm(c, self.param_dtype)
         self.mlp = MLP(c, *dtypes)
+        if c.traits.sandwich:
+            self.attention_post_norm = RMSNorm(c, self.param_dtype)
+            self.mlp_post_norm = RMSNorm(c, self.param_dtype)
 
-    def __call__(self, x_BTD, rope, segments_BT):
+    def _finish(self, x_BTD, attended_BTD):
+        """The residuals, and the MLP between them."""
+        sandwich = self.config.traits.sandwich
+        x_BTD = x_BTD + (self.attention_post_norm(attended_BTD) if sandwich else attended_BTD)
+        out_BTD = self.mlp(self.mlp_norm(x_BTD))
+        return x_BTD + (self.mlp_post_norm(out_BTD) if sandwich else out_BTD)
+
+    def __call__(self, x_BTD, ropes, segments_BT, kind):
         """Returns (x, None), as a scan's body does."""
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope, segments_BT)
-        x_BTD = x_BTD + self.mlp(self.mlp_norm(x_BTD))
-        return constrain(x_BTD, "rows", None, None), None
+        attended = self.attention(self.attention_norm(x_BTD), ropes, segments_BT, kind)
+        return constrain(self._finish(x_BTD, attended), "rows", None, None), None
 
-    def extend(self, x_RTD, rope, cache, positions_RT, writes_RT):
+    def extend(self, x_RTD, rope, kind, cache, span):
         """Returns (x, the layer's cache)."""
-        normed = self.attention_norm(x_RTD)
-        out, cache = self.attention.extend(normed, rope, cache, positions_RT, writes_RT)
-        x_RTD = x_RTD + out
-        return x_RTD + self.mlp(self.mlp_norm(x_RTD)), cache
+        out, cache = self.attention.extend(self.attention_norm(x_RTD), rope, kind, cache, span)
+        return self._finish(x_RTD, out), cache
 
 
 class Transformer(nn.Module):
@@ -176,12 +242,15 @@ class Transformer(nn.Module):
             _rematerialised(self.remat),
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
+            in_axes=(nn.broadcast, nn.broadcast, 0),  # pyright: ignore[reportArgumentType]
             length=c.num_layers,
         )
-        rope = _rope(c, positions_BT)
-        x_BTD, _ = layers(c, *dtypes, self.backend, name="layers")(x_BTD, rope, segments_BT)
-        return RMSNorm(c.rms_norm_eps, self.param_dtype, name="final_norm")(x_BTD)
+        kinds = jnp.asarray(c.layer_kinds or (0,) * c.num_layers, jnp.int32)
+        ropes = _ropes(c, positions_BT)
+        x_BTD, _ = layers(c, *dtypes, self.backend, name="layers")(x_BTD, ropes, segments_BT, kinds)
+        if not c.tied:
+            Head(c, self.param_dtype, name="head")()
+        return RMSNorm(c, self.param_dtype, name="final_norm")(x_BTD)
 
 
 class Decoder(nn.Module):
@@ -191,23 +260,23 @@ class Decoder(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, tokens_RT, positions_RT, writes_RT, cache):
+    def __call__(self, tokens_RT, span, cache):
         c, dtypes = self.config, (self.dtype, jnp.float32)
         x_RTD = Embedder(c, *dtypes, name="embedder")(tokens_RT)
-        rope = _rope(c, positions_RT)
+        ropes = {kind.rope: _rope(kind.rope, c.head_dim, span.positions) for kind in c.kinds}
         caches = []
         for i, layer in enumerate(cache):
-            block = Block(c, *dtypes, name=f"layer_{i}")
-            x_RTD, layer = block.extend(x_RTD, rope, layer, positions_RT, writes_RT)
+            block, kind = Block(c, *dtypes, name=f"layer_{i}"), c.kind(i)
+            x_RTD, layer = block.extend(x_RTD, ropes[kind.rope], kind, layer, span)
             caches.append(layer)
-        x_RTD = RMSNorm(c.rms_norm_eps, jnp.float32, name="final_norm")(x_RTD)
+        x_RTD = RMSNorm(c, jnp.float32, name="final_norm")(x_RTD)
         return x_RTD, tuple(caches)
 
 
-def _fan_in(inputs: tuple[int, ...], rank: int) -> Any:
-    """Normal with variance 1 / fan-in; at Gemma's width that is close to HF's 0.02."""
-    outputs = tuple(axis for axis in range(rank) if axis not in inputs)
-    return nn.initializers.variance_scaling(1.0, "fan_in", "normal", inputs, outputs)
+def _fan_in(inputs: int, rank: int) -> Any:
+    """Normal with variance 1 / fan-in of the first axes; close to HF's 0.02 at Gemma's width."""
+    axes, outputs = tuple(range(inputs)), tuple(range(inputs, rank))
+    return nn.initializers.variance_scaling(1.0, "fan_in", "normal", axes, outputs)
 
 
 def _rematerialised(remat: str) -> Any:
@@ -218,11 +287,39 @@ def _rematerialised(remat: str) -> Any:
     return nn.remat(Block, prevent_cse=False, policy=REMAT_POLICIES[remat])
 
 
-def _rope(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _rope(rope: Rope, head_dim: int, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """cos and sin [B, T, 1, K/2] in float32."""
-    exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-    angles = positions_BT[:, :, None, None].astype(jnp.float32) * config.rope_theta**-exponents
+    angles = positions_BT[:, :, None, None].astype(jnp.float32) * _frequencies(rope, head_dim)
     return jnp.cos(angles), jnp.sin(angles)
+
+
+def _frequencies(rope: Rope, head_dim: int) -> jax.Array:
+    """Radians a position of each pair of channels, [K/2] float32."""
+    exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+    plain = rope.theta**-exponents
+    if rope.kind == "default":
+        return plain
+    if rope.kind == "linear":
+        return plain / rope.factor
+    # llama3: what turns less than low_factor times in the original context is slowed down, what
+    # turns more than high_factor times is kept, and between them the two are blended.
+    turns = rope.original * plain / (2 * math.pi)
+    blend = (turns - rope.low_factor) / (rope.high_factor - rope.low_factor)
+    blend = jnp.clip(blend, 0.0, 1.0)
+    return (1 - blend) * plain / rope.factor + blend * plain
+
+
+def _ropes(config: ModelConfig, positions_BT: jax.Array) -> Any:
+    """cos and sin; with a leading axis of kinds where these rotate differently."""
+    ropes = [_rope(kind.rope, config.head_dim, positions_BT) for kind in config.kinds]
+    if len({kind.rope for kind in config.kinds}) == 1:
+        return ropes[0]
+    return jax.tree.map(lambda *xs: jnp.stack(xs), *ropes)
+
+
+def _pick(ropes: Any, kind: Any) -> Any:
+    """The rope of one kind of `_ropes`."""
+    return jax.tree.map(lambda x: x[kind] if x.ndim == 5 else x, ropes)
 
 
 def _rotate(x_BTHK: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -267,17 +364,18 @@ def hidden_states(
 
 
 def unembedding(params: Params) -> Float[Array, "vocab hidden"]:
-    """The table that turns hidden states into logits: the tied embedding, in its own dtype."""
-    return params["embedder"]["table"]
+    """The table that turns hidden states into logits: the head's or the tied embedding's."""
+    return params["head" if "head" in params else "embedder"]["table"]
 
 
 def logits(
     config: ModelConfig, params: Params, hidden: Float[Array, "... hidden"]
 ) -> Float[Array, "... vocab"]:
     """float32 logits; the product is taken in the hidden states' dtype, summed in float32."""
-    del config  # Gemma caps no logits; a family that does reads its cap here
     table_VD = unembedding(params).astype(hidden.dtype)
-    return jnp.einsum("...d,vd->...v", hidden, table_VD, preferred_element_type=jnp.float32)
+    out = jnp.einsum("...d,vd->...v", hidden, table_VD, preferred_element_type=jnp.float32)
+    cap = config.logit_cap
+    return out if cap is None else cap * jnp.tanh(out / cap)
 
 
 def unstack(params: Params) -> Params:
@@ -296,18 +394,10 @@ def stack(params: Params) -> Params:
 
 
 def init_cache(config: ModelConfig, rows: int, length: int, dtype: Any = jnp.float32) -> Cache:
-    """An empty cache.
-
-    Each layer's keys are [rows, kv_heads, head_dim, length], so that scores read them without a
-    transposition, and its values [rows, kv_heads, length, head_dim].
-    """
-    heads, k = config.num_kv_heads, config.head_dim
+    """An empty cache for `length` tokens a row; layers with a window shorter than that hold one."""
     return tuple(
-        {
-            "keys": jnp.zeros((rows, heads, k, length), dtype),
-            "values": jnp.zeros((rows, heads, length, k), dtype),
-        }
-        for _ in range(config.num_layers)
+        caching.init(config, rows, length, config.kind(layer).window, dtype)
+        for layer in range(config.num_layers)
     )
 
 
@@ -329,9 +419,6 @@ def extend(
     Returns the hidden states (in `dtype`, those of padding mean nothing) and the cache.  The caller
     keeps `lengths`; tokens beyond the cache's end are dropped, so it must keep within it.
     """
-    steps_T = jnp.arange(tokens_RT.shape[1])
-    positions_RT = lengths_R[:, None] + steps_T
-    end = cache[0]["values"].shape[2]
-    writes_RT = jnp.where(steps_T < new_R[:, None], positions_RT, end + steps_T)
     model = Decoder(config, dtype)
-    return _apply(model, unstacked_params, tokens_RT, positions_RT, writes_RT, cache)
+    span = caching.Span(lengths_R, new_R, tokens_RT.shape[1])
+    return _apply(model, unstacked_params, tokens_RT, span, cache)

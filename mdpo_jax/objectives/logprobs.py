@@ -13,11 +13,13 @@ def token_log_probs(
     targets: Int[Array, " tokens"],
     *,
     chunk: int = 2048,
+    softcap: float | None = None,
 ) -> Float[Array, " tokens"]:
     """log softmax(hidden @ table.T)[target] of each token, float32.
 
     Works through `chunk` tokens at a time and recomputes each chunk's logits in the backward pass,
-    so the largest temporary is [chunk, vocab] whatever the number of tokens.
+    so the largest temporary is [chunk, vocab] whatever the number of tokens.  softcap: the final
+    cap of Gemma-2, cap * tanh(logit / cap).
     """
 
     def score(arguments):
@@ -26,6 +28,8 @@ def token_log_probs(
             "CD,VD->CV", hidden_CD, table.astype(hidden_CD.dtype),
             preferred_element_type=jnp.float32,
         )  # fmt: skip
+        if softcap is not None:
+            logits_CV = softcap * jnp.tanh(logits_CV / softcap)
         chosen = jnp.take_along_axis(logits_CV, targets_C[:, None], axis=-1)[:, 0]
         return chosen - jax.nn.logsumexp(logits_CV, axis=-1)
 

@@ -72,6 +72,7 @@ def log_probs(
         transformer.unembedding(params),
         micro["tokens"][:, 1:].reshape(-1),
         chunk=forward.logprob_chunk,
+        softcap=config.logit_cap,
     )
     return jnp.pad(values.reshape(rows, length - 1), ((0, 0), (1, 0)))
 

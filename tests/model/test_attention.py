@@ -65,7 +65,8 @@ def test_a_cache_gives_what_a_row_gives(block, monkeypatch):
     k, v = (np.pad(x, junk, constant_values=1e6) for x in (k, v))
     positions = np.arange(3, 11) * np.ones((2, 1), np.int32)
     run = jax.jit(functools.partial(attend_cache, scale=0.3))
-    got = run(q[:, 3:], k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), positions)
+    places = np.arange(16)[None]
+    got = run(q[:, 3:], k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), positions, places)
     np.testing.assert_allclose(got, whole[:, 3:], atol=2e-6)
 
 

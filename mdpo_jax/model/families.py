@@ -397,7 +397,7 @@ def _layers(parsed: Any) -> tuple[tuple[LayerKind, ...], tuple[int, ...]]:
         if name not in ("full_attention", "sliding_attention"):
             raise ValueError(f"layer_types: {name!r}; expected full_attention or sliding_attention")
         ropes = parsed.rope_parameters
-        rope = _rope(ropes[name] if name in ropes else ropes, parsed)
+        rope = _rope(ropes.get(name, ropes), parsed)
         kind = LayerKind(window if name == "sliding_attention" else None, rope)
         if kind not in kinds:
             kinds.append(kind)

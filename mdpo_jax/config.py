@@ -12,6 +12,11 @@ import typing
 from pathlib import Path
 from typing import Any, Literal
 
+# As in chat.py, which is a floor above and has one of these names for each template.
+ChatName = Literal[
+    "auto", "gemma", "mistral", "mistral-instruct", "llama3", "llama2", "chatml", "plain"
+]
+
 
 class ConfigError(ValueError):
     """A wrong configuration; the message names the field, the value and what is accepted."""
@@ -45,11 +50,15 @@ class Model:
     """The policy.  With `path` a Hugging Face folder; without, a fresh model of this shape.
 
     dtype is the compute type, param_dtype that of the trained weights.
+    chat: the chat format; `auto` takes the family's that the tokenizer's vocabulary can spell.
+    system: a system prompt, in formats that have one; the paper uses none.
     """
 
     path: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
+    chat: ChatName = "auto"
+    system: str = ""
     vocab_size: int = 448
     hidden_size: int = 64
     intermediate_size: int = 192

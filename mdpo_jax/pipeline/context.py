@@ -100,8 +100,10 @@ class Context:
 
     @functools.cached_property
     def chat(self) -> Chat:
-        """The family's chat format over the run's tokenizer."""
-        return Chat(self.start.tokenizer, self.shape.family)
+        """The configured chat format over the run's tokenizer."""
+        m, start = self.config.model, self.start
+        name = self.shape.family if m.chat == "auto" else m.chat
+        return Chat(start.tokenizer, name, start.generation_config, m.system)
 
     @functools.cached_property
     def tool(self) -> Tool:

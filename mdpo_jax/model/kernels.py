@@ -52,7 +52,8 @@ def choose(
     TPU: splash.  GPU: cudnn, and where it cannot run the chunked reference: soft-capped logits
     (Gemma-2), float32, a head_dim beyond the card's (256 from Hopper on, 128 before), masks of
     more than `CUDNN_LENGTH` squared.  pallas_triton is never chosen, only offered by name: it
-    repeats grouped key heads and its blocks have not been timed.  Anything else: the reference.
+    repeats grouped key heads, its blocks have not been timed, and jax has deprecated it since 0.11.
+    Anything else: the reference.
     """
     del window  # splash takes any; cudnn's mask too
     dtype = jnp.dtype(dtype)
@@ -219,10 +220,9 @@ def _splash_rows(
 def _splash_blocks(length: int) -> tuple[int, int]:
     """(block, blocks): the fewest blocks of at most `SPLASH_BLOCK`, no wider than the row needs.
 
-    A wide block reads keys and values fewer times; 512 x 512 float32 scores are 1 MiB and, with
-    head_dim 256, everything a kernel holds stays a few MiB, inside the 16 MiB that the compiler
-    gives a kernel on the smallest chips.  Fitting the block to the row keeps padding under 128
-    tokens a block: 600 tokens run as 2 x 384, not 2 x 512.
+    A wide block reads keys and values fewer times; 512 x 512 float32 scores are 1 MiB, and with
+    head_dim 256 the passes compile within the on-chip memory of v5e.  Fitting the block to the row
+    keeps padding under 128 tokens a block: 600 tokens run as 2 x 384, not 2 x 512.
     """
     blocks = -(-length // SPLASH_BLOCK)
     per_block = -(-length // blocks)

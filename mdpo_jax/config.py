@@ -52,6 +52,7 @@ class Model:
     dtype is the compute type, param_dtype that of the trained weights.
     chat: the chat format; `auto` takes the family's that the tokenizer's vocabulary can spell.
     system: a system prompt, in formats that have one; the paper uses none.
+    attention: the training kernel; `auto` takes the platform's (model/kernels.py).
     """
 
     path: str | None = None
@@ -67,6 +68,7 @@ class Model:
     num_kv_heads: int = 2
     head_dim: int = 32
     remat: Literal["none", "full", "dots"] = "none"
+    attention: Literal["auto", "reference", "splash", "cudnn", "pallas_triton"] = "auto"
 
     def __post_init__(self) -> None:
         _at_least(1, "model", self, "hidden_size", "intermediate_size", "num_layers", "num_heads")

@@ -146,7 +146,7 @@ class Context:
         part = c.sft if sft else t
         return Trainer(
             self.shape,
-            Forward(c.model.dtype, c.model.remat, t.logprob_chunk),
+            Forward(c.model.dtype, c.model.remat, t.logprob_chunk, c.model.attention),
             Optimiser(beta2=part.beta2, weight_decay=part.weight_decay, clip=t.clip),
             Layout(t.rows, t.row_length, max(2 * t.batch_pairs, c.sft.batch, c.raft.batch)),
             self.mesh,

@@ -189,6 +189,14 @@ class _Frame:
     after: list[int]
 
 
+def check_roles(messages: Sequence[Mapping[str, str]]) -> None:
+    """ChatError unless the roles are user, assistant, user, ..., assistant."""
+    roles = [m.get("role") for m in messages]
+    wanted = [("user", "assistant")[i % 2] for i in range(len(roles))]
+    if roles != wanted or len(roles) % 2 or not roles:
+        raise ChatError(f"messages: roles are {roles}; expected user, assistant, user, ...")
+
+
 class Chat:
     """One format over one tokenizer.
 
@@ -254,10 +262,7 @@ class Chat:
         Later user turns are observations.  Raises ChatError when the roles do not alternate or the
         assistant does not have the last word.
         """
-        roles = [m.get("role") for m in messages]
-        wanted = [("user", "assistant")[i % 2] for i in range(len(roles))]
-        if roles != wanted or len(roles) % 2 or not roles:
-            raise ChatError(f"messages: roles are {roles}; expected user, assistant, user, ...")
+        check_roles(messages)
         ids = self.prompt(messages[0]["content"])
         tags = [int(Role.PROMPT)] * len(ids)
         for index, message in enumerate(messages[1:]):

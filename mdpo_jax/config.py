@@ -22,6 +22,10 @@ class ConfigError(ValueError):
     """A wrong configuration; the message names the field, the value and what is accepted."""
 
 
+class StepZeroError(RuntimeError):
+    """With policy = reference the first log-ratios are not 0: their weights or forwards differ."""
+
+
 def _require(ok: bool, field: str, value: object, accepted: str) -> None:
     if not ok:
         raise ConfigError(f"config.{field}={value!r}: expected {accepted}")
@@ -222,7 +226,8 @@ class Train:
 
     reference: `updated` is the policy at the start of the iteration, `fixed` the SFT policy.
     start: where an iteration's policy starts.  data: pairs of this iteration, or of all so far.
-    rows x row_length tokens form a micro-batch; a step takes as many as its pairs need.
+    rows x row_length tokens form a micro-batch; a step takes as many as its pairs need.  rows is
+    rounded up to what mesh.data x mesh.fsdp divides.
     """
 
     eta: float = 0.1

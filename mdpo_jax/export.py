@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mdpo_jax.doors import guarded
+from mdpo_jax.doors import guarded, interrupts_held
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -22,7 +22,9 @@ def main(arguments: Sequence[str]) -> int:
 
 def _export(options: argparse.Namespace) -> None:
     from mdpo_jax.config import ConfigError
-    from mdpo_jax.pipeline import files, loop
+
+    with interrupts_held():
+        from mdpo_jax.pipeline import files, loop
 
     config = files.read_config(options.checkpoint)
     results = options.checkpoint / "results.json"

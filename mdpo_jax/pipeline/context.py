@@ -67,7 +67,11 @@ class Context:
         m = self.config.model
         folder = Path(m.path) if m.path else self.directory / "start" / "model"
         if not m.path:
-            stage(folder.parent, lambda _: self._fresh().save(folder) and None)
+            # A folder there is whole, for `save` renames it into place.
+            stage(
+                folder.parent,
+                lambda _: None if folder.exists() else {"model": self._fresh().save(folder).name},
+            )
         return load_policy(folder, m.param_dtype, self.mesh)
 
     def _fresh(self) -> Policy:
@@ -148,9 +152,16 @@ class Context:
             self.shape,
             Forward(c.model.dtype, c.model.remat, t.logprob_chunk, c.model.attention),
             Optimiser(beta2=part.beta2, weight_decay=part.weight_decay, clip=t.clip),
-            Layout(t.rows, t.row_length, max(2 * t.batch_pairs, c.sft.batch, c.raft.batch)),
+            Layout(self._rows, t.row_length, max(2 * t.batch_pairs, c.sft.batch, c.raft.batch)),
             self.mesh,
         )
+
+    @property
+    def _rows(self) -> int:
+        """train.rows, rounded up to what the mesh divides."""
+        shape = self.mesh.shape if self.mesh is not None else {}
+        ways = shape.get("data", 1) * shape.get("fsdp", 1)
+        return -(-self.config.train.rows // ways) * ways
 
     def load(self, path: Path) -> Any:
         """Parameters of a stage of this run."""

@@ -115,6 +115,7 @@ def micro_loss(
         "loss": loss + objective.nll_weight * nll,
         "logps/chosen": jnp.sum(weights * policy[chosen]),
         "logps/rejected": jnp.sum(weights * policy[rejected]),
+        "log_ratio/mean_abs": jnp.sum(weights * both) / 2,
         "log_ratio/max_abs": jnp.max(both),
     }
     return metrics["loss"], metrics

@@ -271,6 +271,7 @@ def read_peft(
     path = Path(path)
     lora = _read_config(path / CONFIG)
     try:
+        lora = dataclasses.replace(lora, targets=resolve(config, lora))
         parts = halves(config, lora)
     except ValueError as error:
         raise AdapterError(f"{path / CONFIG}: {error}") from None
@@ -299,8 +300,9 @@ def _read_config(path: Path) -> Lora:
             if raw.get(name):
                 raise AdapterError(f"{path}: {name}: {raw[name]!r}; expected it unset")
         targets = raw["target_modules"]
-        targets = (targets,) if isinstance(targets, str) else tuple(targets)
-        return Lora(int(raw["r"]), float(raw["lora_alpha"]), targets)
+        # PEFT itself spells all-linear as every module's full name; the tensors tell if one lacks.
+        names = [targets] if isinstance(targets, str) else [t.split(".")[-1] for t in targets]
+        return Lora(int(raw["r"]), float(raw["lora_alpha"]), tuple(names))
     except AdapterError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -1,6 +1,7 @@
 """LoRA on every family: what the decoder computes, what is trained, and the PEFT files."""
 
 import dataclasses
+import functools
 import json
 import math
 
@@ -38,6 +39,7 @@ def drawn(config, which, dtype=jnp.float32, seed=1):
     return random_like(param_shapes(config), 0), adapters
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def logits(config, params, ids):
     places = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
     hidden = transformer.hidden_states(config, params, ids, places, jnp.ones_like(ids))

@@ -154,9 +154,8 @@ def test_the_number_of_trainable_parameters():
     assert sum(x.size for x in jax.tree.leaves(adapters)) == 2 * every
 
 
-@pytest.mark.parametrize("family", ["gemma2", "qwen3"])
-def test_decoding_with_an_adapter_equals_the_full_forward(family):
-    config = shape(family)
+def test_decoding_with_an_adapter_equals_the_full_forward():
+    config = shape("gemma2")
     base, adapters = drawn(config, EVERY)
     combined = lora.combine(base, adapters, EVERY)
     ids, expected = tokens(), logits(config, combined, tokens())

@@ -259,6 +259,32 @@ class Train:
         _require(0 <= self.beta2 < 1, "train.beta2", self.beta2, "from 0 to below 1")
 
 
+# Hugging Face's names of a decoder's projections, in its order.
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lora:
+    """Low-rank adapters in place of full fine-tuning (Hu et al. 2021).
+
+    rank: 0 trains every weight; from 1 on, adapters alone are trained and kept, in float32, scaled
+    by alpha / rank, over a base that never changes: the model of `model.path`, or a fresh one after
+    its warm-up.  targets: names of projections, or all-linear for all of them.
+    """
+
+    rank: int = 0
+    alpha: float = 16.0
+    targets: tuple[str, ...] = ("all-linear",)
+
+    def __post_init__(self) -> None:
+        _at_least(0, "lora", self, "rank")
+        _above_zero("lora", self, "alpha")
+        known = ("all-linear", *PROJECTIONS)
+        accepted = f"all-linear, or some of {', '.join(PROJECTIONS)}"
+        right = bool(self.targets) and set(self.targets) <= set(known)
+        _require(right, "lora.targets", self.targets, accepted)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Raft:
     """Rejection-sampling fine-tuning: likelihood on at most per_problem right trajectories."""
@@ -318,6 +344,7 @@ class Config:
     tool: Tool = Tool()
     pairs: Pairs = Pairs()
     train: Train = Train()
+    lora: Lora = Lora()
     raft: Raft = Raft()
     evaluate: Evaluate = Evaluate()
     mesh: Mesh = Mesh()

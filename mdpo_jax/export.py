@@ -16,6 +16,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--checkpoint", required=True, type=Path, help="run directory")
     parser.add_argument("--iteration", type=int, help="0 for SFT; default: the chosen one")
     parser.add_argument("--out", required=True, type=Path, help="folder that does not exist yet")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--merge-lora", action="store_true", help="the default of a LoRA run")
+    form.add_argument("--peft", action="store_true", help="a LoRA run's adapter as a PEFT folder")
     options = parser.parse_args(arguments)
     return guarded(lambda: _export(options))
 
@@ -36,7 +39,12 @@ def _export(options: argparse.Namespace) -> None:
                 "chosen yet; expected a finished run, or --iteration"
             )
         iteration = files.read_json(results)["chosen_iteration"]
-    print(f"iteration {iteration} -> {loop.export(config, iteration, options.out)}")
+    if options.merge_lora and not config.lora.rank:
+        raise ConfigError(
+            "--merge-lora: config.lora.rank=0, every weight was trained; leave it out"
+        )
+    folder = loop.export(config, iteration, options.out, options.peft)
+    print(f"iteration {iteration} -> {folder}")
 
 
 if __name__ == "__main__":

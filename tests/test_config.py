@@ -87,7 +87,7 @@ def test_a_config_comes_back_from_its_dict(name):
         "train.epochs=0", "raft.batch=0", "pairs.per_problem=0", "problems.per_iteration=0",
         "problems.steps=0,0", "tool.timeout=0", "evaluate.pass_samples=0", "mesh.data=0",
         "model.num_kv_heads=3", "model.head_dim=7", "model.vocab_size=20", "train.beta2=1",
-        "sft.previous_fraction=2", "seed=-1",
+        "sft.previous_fraction=2", "seed=-1", "lora.rank=-1", "lora.alpha=0", "lora.targets=c_attn",
     ],
 )  # fmt: skip
 def test_a_value_out_of_range_is_named_with_what_is_accepted(argument):

@@ -59,6 +59,9 @@ def partition(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Any) -
         over = RULES.get(axis or "", ())
         ways = math.prod(mesh.shape[name] for name in over)
         entries.append(over if ways > 1 and size % ways == 0 else None)
+    # As the compiler writes a spec; with the same one longer, a second call would compile anew.
+    while entries and entries[-1] is None:
+        entries.pop()
     return PartitionSpec(*entries)
 
 

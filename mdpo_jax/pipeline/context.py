@@ -18,16 +18,19 @@ from mdpo_jax.environment.interpreter import PythonInterpreter
 from mdpo_jax.environment.noisy import NoisyTool
 from mdpo_jax.environment.tool import Tool
 from mdpo_jax.grading.verdict import Grader
-from mdpo_jax.model import sharding, transformer
+from mdpo_jax.model import lora, sharding, transformer
 from mdpo_jax.model.families import ModelConfig
+from mdpo_jax.model.lora import Lora
 from mdpo_jax.model.policy import Policy, load_policy
 from mdpo_jax.pipeline.files import stage
+from mdpo_jax.pipeline.parameters import Adapters, Parameters
 from mdpo_jax.rollout.engine import Engine, Limits
 from mdpo_jax.rollout.sampler import Sampler, Shapes
-from mdpo_jax.training import checkpoint
 from mdpo_jax.training.state import Optimiser
 from mdpo_jax.training.step import Forward
 from mdpo_jax.training.trainer import Trainer
+
+PARAMS, EARLIER = "params", "params-earlier"
 
 
 def suite(config: Config) -> synthetic.Suite:
@@ -154,6 +157,8 @@ class Context:
             Optimiser(beta2=part.beta2, weight_decay=part.weight_decay, clip=t.clip),
             Layout(self._rows, t.row_length, max(2 * t.batch_pairs, c.sft.batch, c.raft.batch)),
             self.mesh,
+            # A fresh model knows nothing that an adapter could build on.
+            self.adapter if c.model.path or not sft else None,
         )
 
     @property
@@ -163,10 +168,26 @@ class Context:
         ways = shape.get("data", 1) * shape.get("fsdp", 1)
         return -(-self.config.train.rows // ways) * ways
 
+    @functools.cached_property
+    def adapter(self) -> Lora | None:
+        """Rank, alpha and targets of a LoRA run; None where every weight is trained."""
+        c = self.config.lora
+        return Lora(c.rank, c.alpha, c.targets) if c.rank else None
+
+    @functools.cached_property
+    def parameters(self) -> Parameters:
+        """What the run trains and keeps on disk."""
+        if self.adapter is None:
+            return Parameters(self.start.params)
+        return Adapters(
+            self.start.params, self.shape, self.adapter, self.config.model.path,
+            self.directory / "sft" / PARAMS, self.mesh, self.config.seed,
+        )  # fmt: skip
+
     def load(self, path: Path) -> Any:
-        """Parameters of a stage of this run."""
-        return checkpoint.load_params(path, self.start.params)
+        """Parameters of a stage of this run, as the model takes them."""
+        return self.parameters.load(path)
 
     def policy(self, params: Any) -> Policy:
-        """Parameters as a policy that can be exported."""
-        return dataclasses.replace(self.start, params=params)
+        """Parameters as a policy that can be exported, an adapter merged."""
+        return dataclasses.replace(self.start, params=lora.fold(params))

@@ -17,18 +17,15 @@ from mdpo_jax.data import packing, pairs, store, synthetic
 from mdpo_jax.data.packing import Item
 from mdpo_jax.data.problems import load_problems
 from mdpo_jax.model.policy import fingerprint
-from mdpo_jax.pipeline.context import Context, suite
+from mdpo_jax.pipeline.context import EARLIER, PARAMS, Context, suite
 from mdpo_jax.pipeline.demonstrations import demonstrations
 from mdpo_jax.pipeline.evaluation import Advance, sample
 from mdpo_jax.reporting.metrics import MetricsWriter
-from mdpo_jax.training import checkpoint
 from mdpo_jax.training.step import Objective
-from mdpo_jax.training.trainer import Plan, copy_params, shuffled
+from mdpo_jax.training.trainer import Plan, shuffled
 from mdpo_jax.types import Pair, Problem
 
 _log = logging.getLogger(__name__)
-
-PARAMS, EARLIER = "params", "params-earlier"
 
 
 def prepare_problems(context: Context, folder: Path) -> dict[str, Any]:
@@ -134,7 +131,7 @@ def _fitting(context: Context, path: str, problems: Sequence[Problem]) -> list[P
 def sft(context: Context, folder: Path, advance: Advance) -> dict[str, Any]:
     """Warm-up on demonstrations: `params`, and `params-earlier` for iteration 1's mixture."""
     settings, seed = context.config.sft, context.config.seed
-    params = context.start.params
+    kept, (params, base) = context.parameters, context.parameters.first()
     held_out = {p.question for name in ("dev", "test") for p in read_problems(context, name)}
     parts = demonstrations(context, held_out, folder) if settings.steps else []
     if not parts and context.config.model.path is None:
@@ -144,7 +141,7 @@ def sft(context: Context, folder: Path, advance: Advance) -> dict[str, Any]:
         )
     if not parts:
         for name in (PARAMS, EARLIER):
-            checkpoint.save_params(folder / name, params)
+            kept.save(folder / name, params, base)
         if settings.steps:
             _log.warning("SFT: no worked solutions in %s; skipped", context.config.problems.path)
         return {"steps": 0, "note": "no demonstrations: the SFT policy is model.path as it is"}
@@ -159,18 +156,18 @@ def sft(context: Context, folder: Path, advance: Advance) -> dict[str, Any]:
 
     def keep(step: int, params: Any) -> None:
         if step == earlier:
-            checkpoint.save_params(folder / EARLIER, params)
+            kept.save(folder / EARLIER, params, base)
 
     trainer = context.trainer(sft=True)
     with _recorded(folder, advance) as report:
         final = trainer.fit(
-            copy_params(params), batches, plan, Objective("likelihood"), report=report, keep=keep
+            params, batches, plan, Objective("likelihood"), base=base, report=report, keep=keep
         )
-    checkpoint.save_params(folder / PARAMS, final)
+    kept.save(folder / PARAMS, final, base)
     return {
         "steps": settings.steps,
         "demonstrations": len(parts[-1][1]),
-        "policy": fingerprint(final),
+        "policy": fingerprint(kept.whole(final, base)),
     }
 
 
@@ -287,13 +284,13 @@ def train(
     same, the first loss must be ln 2.  reference: what `score_reference` returned.
     """
     config = context.config
-    params = context.load(start)
+    kept, (params, base) = context.parameters, context.parameters.trainable(start)
     groups, plan, objective = _training_data(context, folder, seed)
     if not groups:
-        checkpoint.save_params(folder / PARAMS, params)
+        kept.save(folder / PARAMS, params, base)
         return {"steps": 0, "note": "no pair to learn from: the policy is unchanged"}
     at_reference = objective.kind == "pairs" and start == scored_by
-    if at_reference and fingerprint(params) != reference.get("reference"):
+    if at_reference and fingerprint(kept.whole(params, base)) != reference.get("reference"):
         raise StepZeroError(
             f"{folder}: the policy read from {start} is not the one whose log-probs the pairs hold; "
             f"delete {folder.parent / 'reference'} to have them scored again"
@@ -301,15 +298,15 @@ def train(
     trainer = context.trainer()
     with _recorded(folder, advance) as report:
         final = trainer.fit(
-            params, shuffled(groups, plan.batch, seed), plan, objective,
+            params, shuffled(groups, plan.batch, seed), plan, objective, base=base,
             check_step_zero=at_reference, report=report,
         )  # fmt: skip
-    checkpoint.save_params(folder / PARAMS, final)
+    kept.save(folder / PARAMS, final, base)
     return {
         "method": config.method,
         "steps": plan.steps,
         "compilations": trainer.compilations(objective),
-        "policy": fingerprint(final),
+        "policy": fingerprint(kept.whole(final, base)),
     }
 
 

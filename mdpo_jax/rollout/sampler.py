@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from mdpo_jax.model import transformer
+from mdpo_jax.model import lora, transformer
 from mdpo_jax.model.families import ModelConfig
 
 
@@ -68,9 +68,7 @@ class Sampler:
         self.config, self.shapes, self.stop_ids = config, shapes, stop_ids
         self._dtype = jnp.dtype(dtype)
         self._params: Any = None
-        self._unstack = jax.jit(
-            lambda p: jax.tree.map(lambda x: x.astype(self._dtype), transformer.unstack(p))
-        )
+        self._unstack = jax.jit(functools.partial(_unstack, self._dtype))
         self._extend = jax.jit(functools.partial(_extend, config, self._dtype), donate_argnums=(1,))
         self._decode = jax.jit(
             functools.partial(_decode, config, self._dtype, shapes.block, stop_ids),
@@ -82,7 +80,10 @@ class Sampler:
         self._expected = 0
 
     def load(self, params: Any) -> None:
-        """Take stacked training parameters as the policy to sample from."""
+        """Take stacked training parameters as the policy to sample from.
+
+        An adapter is merged into the copy that this makes: decoding then costs what the base does.
+        """
         self._params = self._unstack(params)
 
     def start(self) -> DecodeState:
@@ -156,6 +157,12 @@ class Sampler:
         """How many programs this sampler has compiled."""
         programs = (self._extend, self._decode, self._unstack)
         return sum(f._cache_size() for f in programs)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _unstack(dtype, params):
+    """Layers apart, in the type of decoding; an adapter's sum is rounded to it once."""
+    apart = lora.fold(transformer.unstack(params), dtype)
+    return jax.tree.map(lambda x: x.astype(dtype), apart)
 
 
 def _extend(config, dtype, params, state, tokens_RT, where_R, held_R, new_R, words_R2):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -13,8 +14,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from mdpo_jax import objectives
-from mdpo_jax.model import sharding, transformer
+from mdpo_jax.model import lora, sharding, transformer
 from mdpo_jax.model.families import ModelConfig
+from mdpo_jax.model.lora import Lora
 from mdpo_jax.training.state import Optimiser, TrainState
 from mdpo_jax.types import PackedBatch
 
@@ -122,9 +124,13 @@ def micro_loss(
 
 
 def loss_and_gradients(
-    config: ModelConfig, forward: Forward, objective: Objective, params: Any, batch: Arrays
-) -> tuple[Any, Arrays]:
+    config: ModelConfig, forward: Forward, objective: Objective, params: Any, batch: Arrays,
+    whole: Callable[[Any], Any] = lambda params: params,
+) -> tuple[Any, Arrays]:  # fmt: skip
     """Gradients of the whole batch's loss and its metrics, micro-batch by micro-batch.
+
+    params: what is differentiated.  whole: from them to what the model takes; an adapter is put
+    onto its base, for which no gradient is then computed.
 
     The loop's trip count is traced: empty micro-batches at the end cost nothing, and a batch with
     more of them does not compile anew.
@@ -133,13 +139,15 @@ def loss_and_gradients(
         "pairs": jnp.maximum(jnp.sum(batch["pair_mask"]), 1),
         "tokens": jnp.maximum(jnp.sum(batch["weights"]), 1),
     }
-    grad = jax.value_and_grad(
-        functools.partial(micro_loss, config, forward, objective), has_aux=True
-    )
+
+    def loss(params, micro):
+        return micro_loss(config, forward, objective, whole(params), micro, totals)
+
+    grad = jax.value_and_grad(loss, has_aux=True)
 
     def one(index):
         micro = {name: value[index] for name, value in batch.items()}
-        (_, metrics), gradients = grad(params, micro, totals)
+        (_, metrics), gradients = grad(params, micro)
         return jax.tree.map(lambda g: g.astype(jnp.float32), gradients), metrics
 
     def body(index, carry):
@@ -163,12 +171,24 @@ def _filled(batch: Arrays) -> Array:
 @functools.lru_cache(maxsize=8)
 def make_step(
     config: ModelConfig, forward: Forward, objective: Objective, optimiser: Optimiser,
-    mesh: Mesh | None = None,
+    mesh: Mesh | None = None, adapter: Lora | None = None,
 ):  # fmt: skip
-    """`step(state, batch, learning_rate) -> state, metrics`: pure, jitted once, state donated."""
+    """`step(state, batch, learning_rate, base) -> state, metrics`: pure, jitted once.
 
-    def step(state: TrainState, batch: Arrays, learning_rate: Float[Array, ""]):
-        gradients, metrics = loss_and_gradients(config, forward, objective, state.params, batch)
+    The state is donated.  With an `adapter` its params are that alone, and `base` are the
+    parameters under it: an argument, for as a constant they would be compiled in, and never
+    donated.  Without, `base` is left out.
+    """
+
+    def step(
+        state: TrainState, batch: Arrays, learning_rate: Float[Array, ""], base: Any = None
+    ):  # fmt: skip
+        def whole(params: Any) -> Any:
+            return params if adapter is None else lora.combine(base, params, adapter)
+
+        gradients, metrics = loss_and_gradients(
+            config, forward, objective, state.params, batch, whole
+        )
         updates, opt_state = optimiser.transform().update(gradients, state.opt_state, state.params)
         params = jax.tree.map(
             lambda p, u: (p - learning_rate * u).astype(p.dtype), state.params, updates
@@ -178,12 +198,17 @@ def make_step(
 
     if mesh is None:
         return jax.jit(step, donate_argnums=0)
-    shardings = sharding.param_shardings(config, mesh)
+    if adapter is None:
+        shardings = sharding.param_shardings(config, mesh)
+    else:
+        shardings = lora.shardings(config, adapter, mesh)
 
-    def pinned(state: TrainState, batch: Arrays, learning_rate: Float[Array, ""]):
+    def pinned(
+        state: TrainState, batch: Arrays, learning_rate: Float[Array, ""], base: Any = None
+    ):  # fmt: skip
         # Without this the compiler may give a leaf another layout than it came in with, and the
         # next call would compile anew.
-        new, metrics = step(state, batch, learning_rate)
+        new, metrics = step(state, batch, learning_rate, base)
         params = jax.lax.with_sharding_constraint(new.params, shardings)
         return new._replace(params=params), metrics
 

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from mdpo_jax.config import StepZeroError
 from mdpo_jax.data.packing import Item, Layout, pack, unpack
 from mdpo_jax.model.families import ModelConfig
+from mdpo_jax.model.lora import Lora
 from mdpo_jax.training.state import Optimiser, init_state, schedule
 from mdpo_jax.training.step import Forward, Objective, make_scorer, make_step, put
 
@@ -35,32 +36,37 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Trainer:
-    """Model, forward, optimiser, layout and mesh of a run; the step compiles once an objective."""
+    """Model, forward, optimiser, layout and mesh of a run; the step compiles once an objective.
+
+    adapter: what `fit` trains in place of all parameters, over a base that is then its argument.
+    """
 
     config: ModelConfig
     forward: Forward
     optimiser: Optimiser
     layout: Layout
     mesh: Mesh | None = None
+    adapter: Lora | None = None
 
     def fit(
         self, params: Any, batches: Iterator[Groups], plan: Plan, objective: Objective, *,
-        check_step_zero: bool = False,
+        base: Any = None, check_step_zero: bool = False,
         report: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
         keep: Callable[[int, Any], None] = lambda step, params: None,
     ) -> Any:  # fmt: skip
-        """Parameters after `plan.steps` steps; `params` are donated to the first.
+        """Parameters after `plan.steps` steps; `params` are donated to the first, `base` is not.
 
         report(step, metrics) after each step; keep(step, params) may copy them.  Raises
         StepZeroError before anything is kept if `check_step_zero` and the first loss is not ln 2.
         """
-        step = make_step(self.config, self.forward, objective, self.optimiser, self.mesh)
+        step = self._step(objective)
         rate = schedule(plan.learning_rate, plan.warmup_steps, plan.steps, plan.final_lr_fraction)
         state = init_state(params, self.optimiser)
         for index in range(plan.steps):
             batch = pack(next(batches), self.layout)
             with self._on_mesh():
-                state, metrics = step(state, put(batch, self.mesh), np.float32(rate(index)))
+                arrays, now = put(batch, self.mesh), np.float32(rate(index))
+                state, metrics = step(state, arrays, now, base)
             values = {name: float(value) for name, value in metrics.items()}
             if index == 0 and check_step_zero:
                 self._check(values)
@@ -91,8 +97,12 @@ class Trainer:
 
     def compilations(self, objective: Objective) -> int:
         """How many programs the step of this objective has compiled."""
-        step = make_step(self.config, self.forward, objective, self.optimiser, self.mesh)
-        return step._cache_size()  # pyright: ignore[reportAttributeAccessIssue]
+        return self._step(objective)._cache_size()  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _step(self, objective: Objective) -> Any:
+        return make_step(
+            self.config, self.forward, objective, self.optimiser, self.mesh, self.adapter
+        )
 
     def _on_mesh(self) -> contextlib.AbstractContextManager:
         """Inside, activations are pinned to the mesh (model/sharding.py)."""

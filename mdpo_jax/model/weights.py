@@ -30,7 +30,14 @@ from mdpo_jax.model.families import ModelConfig, Weight, axis_sizes, leaf, nest,
 from mdpo_jax.model.sharding import partition
 from mdpo_jax.model.stored import FLOATS, CheckpointError, Stored, read_header, to_name, write_file
 
-__all__ = ["CheckpointError", "assemble", "read_params", "stored_dtypes", "write_params"]
+__all__ = [
+    "CheckpointError",
+    "assemble",
+    "read_params",
+    "refuse_foreign",
+    "stored_dtypes",
+    "write_params",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -138,14 +145,24 @@ def _locate(path: Path) -> dict[str, Stored]:
     elif (path / SINGLE).exists():
         found = read_header(path / SINGLE)
     else:
-        kinds = [why for pattern, why in _FOREIGN if any(path.glob(pattern))]
-        why = kinds[0] if kinds else f"no weights; expected {SINGLE} or {INDEX}"
-        raise CheckpointError(f"{path}: {why}")
+        refuse_foreign(path)
+        raise CheckpointError(f"{path}: no weights; expected {SINGLE} or {INDEX}")
     text = {_text_name(n): t for n, t in found.items() if not _OTHER_HALF.match(n)}
     if len(text) < len(found):
         others = len(found) - len(text)
         _log.warning("%s: the text half of a multimodal model; %d tensors ignored", path, others)
     return text
+
+
+def refuse_foreign(path: Path) -> None:
+    """CheckpointError for a folder that is empty, or whose weights are in another format."""
+    if (path / INDEX).exists() or (path / SINGLE).exists():
+        return
+    for pattern, why in _FOREIGN:
+        if any(path.glob(pattern)):
+            raise CheckpointError(f"{path}: {why}")
+    if not any(path.iterdir()):
+        raise CheckpointError(f"{path}: empty, no weights; expected {SINGLE} or {INDEX}")
 
 
 def _text_name(name: str) -> str:

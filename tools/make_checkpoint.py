@@ -58,6 +58,7 @@ EXTRA: dict[str, dict[str, Any]] = {
         },
     },
     "llama-8b": {
+        "max_position_embeddings": 131072,
         "rms_norm_eps": 1e-5,
         "rope_parameters": {
             "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,

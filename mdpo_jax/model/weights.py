@@ -131,10 +131,15 @@ def _own(x: jax.Array, dtype: Any) -> jax.Array:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _fill(stacks: dict[str, jax.Array], parts: dict[str, jax.Array], layer: Any) -> Any:
-    return {
-        path: jax.lax.dynamic_update_index_in_dim(x, parts[path].astype(x.dtype), layer, 0)
-        for path, x in stacks.items()
-    }
+    return {path: _put(x, parts[path].astype(x.dtype), layer) for path, x in stacks.items()}
+
+
+def _put(stack: jax.Array, part: jax.Array, layer: Any) -> jax.Array:
+    # As integers: XLA copies bfloat16 on a CPU one by one, through float32.
+    bits = jnp.dtype(f"u{stack.dtype.itemsize}")
+    stack_bits, part_bits = (jax.lax.bitcast_convert_type(x, bits) for x in (stack, part))
+    filled = jax.lax.dynamic_update_index_in_dim(stack_bits, part_bits, layer, 0)
+    return jax.lax.bitcast_convert_type(filled, stack.dtype)
 
 
 def _locate(path: Path) -> dict[str, Stored]:

@@ -42,7 +42,8 @@ def _share(section: str, values: Any, *names: str) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
-    """The policy.  With `path` a Hugging Face folder; without, a fresh model of this shape.
+    """The policy.  With `path` a model's folder or hub id `org/name[@revision]`; without, a fresh one
+    of this shape.
 
     dtype is the compute type, param_dtype that of the trained weights.
     """

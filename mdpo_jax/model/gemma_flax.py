@@ -126,6 +126,11 @@ def read_params(
         return assemble(config, mesh, dtype, fetch)
 
 
+def stored_dtype(folder: Path) -> str:
+    """Of the embedding, as of all others in the released checkpoints."""
+    return str(jnp.dtype(_Leaves(folder).arrays[_TABLE][1].dtype))
+
+
 class _Leaves:
     """What lies in the Orbax folder, by the official names less `transformer/` and a last `/w`."""
 

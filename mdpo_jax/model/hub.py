@@ -6,12 +6,12 @@ import re
 from pathlib import Path
 
 # Weights, configuration, tokenizer, and what an export must carry along; no other formats.
-WANTED = (
+WANTED = [
     "*.safetensors", "*.json", "tokenizer.model", "*.jinja", "merges.txt", "vocab.txt",
     "README.md", "LICENSE*", "NOTICE*", "USE_POLICY*",
-)  # fmt: skip
+]  # fmt: skip
 # Sub-folders and `consolidated` hold the same weights again, under other names.
-UNWANTED = ("*/*", "consolidated*")
+UNWANTED = ["*/*", "consolidated*"]
 _ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
 
 

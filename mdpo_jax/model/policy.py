@@ -130,10 +130,15 @@ def load_policy(
     line, FileNotFoundError for an absent folder or file, and CheckpointError for one that cannot be
     read or does not fit the others.
     """
-    kind = jnp.dtype(_dtype(dtype))
-    policy = describe_policy(path_or_hub_id)
-    folder = policy.source
-    assert folder is not None
+    _dtype(dtype)
+    return with_params(describe_policy(path_or_hub_id), dtype, mesh)
+
+
+def with_params(policy: Policy, dtype: str = "float32", mesh: Mesh | None = None) -> Policy:
+    """What `describe_policy` gave, with its parameters read; raises what `load_policy` raises."""
+    kind, folder = jnp.dtype(_dtype(dtype)), policy.source
+    if folder is None:
+        raise ValueError("policy: made from scratch; expected one that was read from a folder")
     if gemma_flax.weights_folder(folder) is not None:
         params = gemma_flax.read_params(folder, policy.config, mesh, kind)
     else:

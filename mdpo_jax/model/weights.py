@@ -275,7 +275,7 @@ class _Reader:
         return self.buffers[key]
 
 
-def _spans(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+def _spans(index: Any, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
     return tuple(s.indices(size)[:2] for s, size in zip(index, shape, strict=True))
 
 

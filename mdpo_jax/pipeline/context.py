@@ -65,10 +65,10 @@ class Context:
     def start(self) -> Policy:
         """The policy before any training: from `model.path`, or fresh with a trained tokenizer."""
         m = self.config.model
-        folder = Path(m.path) if m.path else self.directory / "start" / "model"
+        folder = self.directory / "start" / "model"
         if not m.path:
             stage(folder.parent, lambda _: self._fresh().save(folder) and None)
-        return load_policy(folder, m.param_dtype, self.mesh)
+        return load_policy(m.path or folder, m.param_dtype, self.mesh)
 
     def _fresh(self) -> Policy:
         from mdpo_jax.data.vocabulary import train_tokenizer

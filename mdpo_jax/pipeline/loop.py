@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -176,20 +175,3 @@ def _timed(context: Context, what: str, total: int | None) -> Iterator[Advance]:
         line = f"{what}\t{done}\t{time.monotonic() - start:.1f} s\n"
         with open(context.directory / "times.tsv", "a", encoding="utf-8") as log:
             log.write(line)
-
-
-def export(config: Config, iteration: int, out: Path) -> Path:
-    """A stage's policy as a Hugging Face folder; raises FileExistsError rather than overwrite."""
-    context = Context(config, config.directory)
-    folder = "sft" if iteration == 0 else f"iteration-{iteration}/train"
-    policy = context.policy(context.load(config.directory / folder / stages.PARAMS))
-    return policy.save(out)
-
-
-def export_chosen(config: Config, results: dict[str, Any]) -> Path:
-    """The chosen checkpoint in `DIR/export`, made once."""
-    out = config.directory / "export"
-    if not out.exists():
-        shutil.rmtree(out.with_name("export.partial"), ignore_errors=True)
-        export(config, results["chosen_iteration"], out)
-    return out

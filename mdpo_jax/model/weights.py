@@ -101,7 +101,7 @@ def assemble(config: ModelConfig, mesh: Mesh | None, dtype: Any, fetch: Fetch) -
     """
     weights = weight_map(config)
     flat = {
-        w.path: jax.block_until_ready(_own(fetch([w], 0)[w.path], dtype))
+        w.path: jax.block_until_ready(fetch([w], 0)[w.path].astype(dtype))
         for w in weights
         if not w.stacked
     }
@@ -121,12 +121,6 @@ def place(axes: Sequence[str | None], shape: tuple[int, ...], mesh: Mesh | None)
     if mesh is None:
         return SingleDeviceSharding(jax.devices()[0])
     return NamedSharding(mesh, partition(tuple(axes), shape, mesh))
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _own(x: jax.Array, dtype: Any) -> jax.Array:
-    """A copy, for `x` may lie in the host's buffer."""
-    return jnp.array(x, dtype, copy=True)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -268,6 +262,7 @@ class _Reader:
         kind = np.dtype(np.float32 if stored == "F64" else FLOATS[stored])
         shape = tuple(stop - start for start, stop in spans)
         if not w.stacked:
+            # Never kept: on a CPU the array may use this very memory.
             return staging.empty(shape, kind)
         key = (w.path, spans, kind)
         if key not in self.buffers:

@@ -12,7 +12,10 @@ Deviations from the paper, all because the model is tiny and its trajectories ar
 (paper: 0.1; at about 30 action tokens a trajectory the log-ratios would otherwise run to 9 nats and
 wear down the copying of numbers), NLL weight 1 (paper: 0), learning rate 2e-4 (1/15 of SFT's),
 4 pairs a problem (paper: 1), N = 8 as 6 + 2 (paper: 20 + 10), 4 turns of 64 tokens (paper: 6 of
-512), trajectories without a tool call are kept as rejected (they are the habit to unlearn).
+512), trajectories without a tool call are kept as rejected (they are the habit to unlearn), batches
+of 16 pairs (32) after a warm-up of 5 steps (40), beta2 0.98, the cosine ends at a tenth of its peak.
+SFT counts tool output with weight 0.25 (else numbers are copied badly) and decays weights by 0.01.
+RAFT takes 8 right trajectories a problem (paper: 1) at twice M-DPO's learning rate, 90 steps at most.
 """
 
 from mdpo_jax.config import (

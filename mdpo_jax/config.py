@@ -12,9 +12,18 @@ import typing
 from pathlib import Path
 from typing import Any, Literal
 
+# As in chat.py, which is a floor above and has one of these names for each template.
+ChatName = Literal[
+    "auto", "gemma", "mistral", "mistral-instruct", "llama3", "llama2", "chatml", "plain"
+]
+
 
 class ConfigError(ValueError):
     """A wrong configuration; the message names the field, the value and what is accepted."""
+
+
+class StepZeroError(RuntimeError):
+    """With policy = reference the first log-ratios are not 0: their weights or forwards differ."""
 
 
 def _require(ok: bool, field: str, value: object, accepted: str) -> None:
@@ -46,11 +55,16 @@ class Model:
     of this shape.
 
     dtype is the compute type, param_dtype that of the trained weights.
+    chat: the chat format; `auto` takes the family's that the tokenizer's vocabulary can spell.
+    system: a system prompt, in formats that have one; the paper uses none.
+    attention: the training kernel; `auto` takes the platform's (model/kernels.py).
     """
 
     path: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
+    chat: ChatName = "auto"
+    system: str = ""
     vocab_size: int = 448
     hidden_size: int = 64
     intermediate_size: int = 192
@@ -59,6 +73,7 @@ class Model:
     num_kv_heads: int = 2
     head_dim: int = 32
     remat: Literal["none", "full", "dots"] = "none"
+    attention: Literal["auto", "reference", "splash", "cudnn", "pallas_triton"] = "auto"
 
     def __post_init__(self) -> None:
         _at_least(1, "model", self, "hidden_size", "intermediate_size", "num_layers", "num_heads")
@@ -212,7 +227,8 @@ class Train:
 
     reference: `updated` is the policy at the start of the iteration, `fixed` the SFT policy.
     start: where an iteration's policy starts.  data: pairs of this iteration, or of all so far.
-    rows x row_length tokens form a micro-batch; a step takes as many as its pairs need.
+    rows x row_length tokens form a micro-batch; a step takes as many as its pairs need.  rows is
+    rounded up to what mesh.data x mesh.fsdp divides.
     """
 
     eta: float = 0.1

@@ -2,42 +2,79 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 
 from mdpo_jax import recipes
-from mdpo_jax.config import Config
+from mdpo_jax.config import Config, StepZeroError
 
-EXIT_OK, EXIT_INPUT, EXIT_RESUMABLE = 0, 2, 75
+EXIT_OK, EXIT_FAILED, EXIT_INPUT, EXIT_RESUMABLE = 0, 1, 2, 75
 
 
 def run_door(arguments: Sequence[str], usage: str, work: Callable[[Config], None]) -> int:
     """0 done, 2 wrong input, 75 interrupted and resumable; `work` imports jax, parsing does not."""
-    if "--help" in arguments or "-h" in arguments:
-        named = [a for a in arguments if a.startswith("--config=")] or ["--config=tiny"]
-        print(usage)
-        for flag, kind, value in recipes.describe(recipes.parse(named)):
-            print(f"  {flag}={value}  ({kind})")
-        return EXIT_OK
+    asked = [a for a in arguments if a not in ("--help", "-h")]
+    if len(asked) < len(arguments):
+        named = any(a.startswith("--config=") for a in asked)
+        return guarded(lambda: _help(usage, asked if named else ["--config=tiny", *asked]))
     return guarded(lambda: work(recipes.parse(arguments)))
 
 
+def _help(usage: str, arguments: Sequence[str]) -> None:
+    """Every field with its type and the value that these arguments give it."""
+    print(usage)
+    for flag, kind, value in recipes.describe(recipes.parse(arguments)):
+        print(f"  {flag}={value}  ({kind})")
+
+
 def guarded(work: Callable[[], None]) -> int:
-    """Run `work`; what the user can mend ends in one line and 2, a lost tool in one line and 75."""
+    """Run `work`; what the user can mend ends in one line and 2, what passes in one line and 75."""
     from mdpo_jax.isolation.forkserver import ForkServerError
 
     try:
         work()
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
-        print(f"error: {_line(error)}", file=sys.stderr)
-        return EXIT_INPUT
+        sys.stdout.flush()
+    except BrokenPipeError:  # `--help | head`: the reader has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError) as error:
+        return _said("error", error, EXIT_INPUT)
     except ForkServerError as error:
-        print(f"interrupted: {_line(error)}; the same command resumes", file=sys.stderr)
-        return EXIT_RESUMABLE
+        return _said("interrupted", error, EXIT_RESUMABLE, "; the same command resumes")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return _said("interrupted", error, EXIT_RESUMABLE, "; with room, the same command resumes")
+    except (FloatingPointError, StepZeroError) as error:
+        return _said("stopped", error, EXIT_FAILED)
     except KeyboardInterrupt:
         print("interrupted; the same command resumes", file=sys.stderr)
         return EXIT_RESUMABLE
     return EXIT_OK
+
+
+@contextlib.contextmanager
+def interrupts_held() -> Iterator[None]:
+    """Ctrl-C waits until the block ends: raised inside an import it may be swallowed or torn."""
+    came: list[int] = []
+    held = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, lambda *_: came.append(1)) if held else None
+    try:
+        yield
+    finally:
+        if held:
+            signal.signal(signal.SIGINT, before)
+    if came:
+        raise KeyboardInterrupt
+
+
+def _said(word: str, error: BaseException, code: int, then: str = "") -> int:
+    print(f"{word}: {_line(error)}{then}", file=sys.stderr)
+    return code
 
 
 def _line(error: BaseException) -> str:

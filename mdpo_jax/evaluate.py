@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mdpo_jax.doors import guarded
+from mdpo_jax.doors import guarded, interrupts_held
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -24,10 +24,11 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from rich.console import Console
+    with interrupts_held():
+        from rich.console import Console
 
-    from mdpo_jax.pipeline import files, loop
-    from mdpo_jax.reporting.console import results_table
+        from mdpo_jax.pipeline import files, loop
+        from mdpo_jax.reporting.console import results_table
 
     config = files.read_config(options.checkpoint)
     rows = loop.evaluate_again(config, options.iteration, options.split)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mdpo_jax.doors import guarded
+from mdpo_jax.doors import guarded, interrupts_held
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -26,7 +26,8 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from mdpo_jax.pipeline import exporting
+    with interrupts_held():
+        from mdpo_jax.pipeline import exporting
 
     what = exporting.export(options.checkpoint, options.out, options.iteration, options.dtype)
     print(f"{what} -> {options.out}")

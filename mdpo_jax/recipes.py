@@ -36,8 +36,18 @@ def load_recipe(name: str) -> Config:
     if spec is None or spec.loader is None:
         raise ConfigError(f"--config={name}: {path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    except ConfigError:
+        raise
+    except Exception as error:  # a recipe is anybody's Python
+        raise ConfigError(f"--config={name}: {path}: {type(error).__name__}: {error}") from error
+    if not isinstance(config, Config):
+        raise ConfigError(
+            f"--config={name}: get_config() gave a {type(config).__name__}; expected a Config"
+        )
+    return config
 
 
 def smoke(config: Config) -> Config:

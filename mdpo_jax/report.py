@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mdpo_jax.doors import guarded
+from mdpo_jax.doors import guarded, interrupts_held
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -19,7 +19,8 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _report(directory: Path) -> None:
-    from mdpo_jax.pipeline import files, summary
+    with interrupts_held():
+        from mdpo_jax.pipeline import files, summary
 
     config = files.read_config(directory)
     if not (directory / "results.json").exists():

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from mdpo_jax.config import Config
-from mdpo_jax.doors import run_door
+from mdpo_jax.doors import interrupts_held, run_door
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -15,10 +15,11 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _train(config: Config) -> None:
-    from rich.console import Console
+    with interrupts_held():
+        from rich.console import Console
 
-    from mdpo_jax.pipeline import exporting, loop, summary
-    from mdpo_jax.reporting.console import results_table
+        from mdpo_jax.pipeline import exporting, loop, summary
+        from mdpo_jax.reporting.console import results_table
 
     results = loop.run(config)
     folder = exporting.export_chosen(config, results)
@@ -31,7 +32,9 @@ def _train(config: Config) -> None:
             f"{100 * c['difference']:+.1f} points, 95 % [{100 * c['low']:+.1f}, "
             f"{100 * c['high']:+.1f}]"
         )
-    console.print(f"results {config.directory / 'results.json'}\nexport  {folder}\nreport  {page}")
+    chosen = results["chosen_iteration"]
+    console.print(f"results {config.directory / 'results.json'}")
+    console.print(f"export  {folder} (iteration {chosen}, the best on dev)\nreport  {page}")
 
 
 if __name__ == "__main__":

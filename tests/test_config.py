@@ -25,6 +25,7 @@ def test_overrides_are_typed_and_nested():
         ("--config.seed=1.5", "expected int"),
         ("--config.tool.cache=yes", "expected true or false"),
         ("--config.method=ppo", "expected one of mdpo, dpo, raft"),
+        ("--config.model.chat=vicuna", "expected one of auto, gemma, mistral, mistral-instruct"),
         ("--config.train=1", "train is a section; fields: eta"),
         ("--config.seed.x=1", "seed has no field 'x'"),
         ("--seed=1", "unknown argument; expected --config.FIELD=VALUE"),

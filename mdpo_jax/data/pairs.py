@@ -57,7 +57,7 @@ def select(graded: Iterable[Graded], rules: Rules, seed: str) -> Selection:
     """Filter, drop repeats, and pair at random within each problem.
 
     Both sides are shuffled by a hash of (seed, problem), so the choice does not depend on the order
-    of files; up to `per_problem` disjoint pairs are zipped, as the official builder does.
+    of files; up to `per_problem` disjoint pairs are zipped, as the official builder does where it can.
     """
     dropped: Counter[str] = Counter()
     sides: dict[str, tuple[list[Trajectory], list[Trajectory]]] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -49,8 +50,10 @@ def read_lines(path: Path) -> Iterator[dict]:
                     yield json.loads(line)
                 except json.JSONDecodeError as error:
                     raise StoreError(f"{path}:{number}: not a JSON line ({error.msg})") from None
-    except (EOFError, gzip.BadGzipFile) as error:
-        raise StoreError(f"{path}: not a whole gzip file ({error})") from None
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise StoreError(
+            f"{path}: not a whole gzip file ({error}); delete its folder and run again"
+        ) from None
 
 
 def graded_row(graded: Graded) -> dict:
@@ -70,7 +73,7 @@ def graded_from(row: dict) -> Graded:
 
 
 def trajectory_row(t: Trajectory) -> dict:
-    """A trajectory as a plain dict; log-probs rounded to 7 digits, as float32 holds."""
+    """A trajectory as a plain dict; log-probs with the digits that float32 needs."""
     return {
         "problem_id": t.problem_id,
         "sample": t.sample,

@@ -25,6 +25,7 @@ _SPLITS: tuple[tuple[Split, int], ...] = (("sft", 55), ("train", 75), ("dev", 85
 
 _NAMES = ("Sam", "Ana", "Lee", "Mia")
 _THINGS = ("coins", "cards", "beads", "shells")
+_FRUITLESS = 50_000
 NO_MATH = "NameError: name 'math' is not defined"
 
 
@@ -142,15 +143,27 @@ class Suite:
     mental_scale: float = 1.0
 
     def chains(self, split: Split, seed: int) -> Iterator[Chain]:
-        """Endless distinct chains of one split; the same for the same (suite, split, seed)."""
+        """Distinct chains of one split; the same for the same (suite, split, seed).
+
+        Endless while there are any; ValueError after so many draws without a new one that the suite
+        has hardly more.
+        """
         rng = random.Random(f"{split}/{seed}")
         seen: set[str] = set()
-        while True:
+        fruitless = 0
+        while fruitless < _FRUITLESS:
+            fruitless += 1
             count = rng.choices(range(1, len(self.steps) + 1), self.steps)[0]
             chain = self._draw(rng, count)
             if chain is not None and chain.split == split and chain.key not in seen:
                 seen.add(chain.key)
+                fruitless = 0
                 yield chain
+        raise ValueError(
+            f"config.problems: the suite with steps={self.steps}, largest_start="
+            f"{self.largest_start} and largest_value={self.largest_value} has about {len(seen)} "
+            f"distinct {split} problems; expected as many as are asked for"
+        )
 
     def _draw(self, rng: random.Random, count: int) -> Chain | None:
         start = value = rng.randint(2, self.largest_start)

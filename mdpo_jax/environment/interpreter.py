@@ -95,7 +95,8 @@ class _Session:
                 observation = known
             else:
                 observation = self._execute(blocks)
-                if cache is not None:
+                # How long a block may run depends on the machine's load, so that is not shared.
+                if cache is not None and observation.status not in ("timeout", "killed"):
                     cache[self._history] = observation
             if observation.status in ("ok", "error"):
                 self._alive += blocks
@@ -103,15 +104,16 @@ class _Session:
 
     def _execute(self, blocks: list[str]) -> Observation:
         start = time.monotonic()
-        for attempt in range(2):  # a dead fork server takes idle workers along: once more
-            fresh = self._worker is None
+        # A worker may be killed by somebody else (the kernel short of memory, an operator), and the
+        # observation must not depend on it: what dies twice died of its own code.
+        for attempt in range(2):
             try:
                 text, status = self._call(blocks)
             except ForkServerError:
                 raise
             except WorkerDied as death:
                 self._worker = None
-                if death.reason == "killed" and not fresh and attempt == 0:
+                if death.reason == "killed" and attempt == 0:
                     continue
                 text, status = _DEATH_TEXT[death.reason], death.reason
             return Observation(text, status, time.monotonic() - start)  # pyright: ignore

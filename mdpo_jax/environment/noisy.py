@@ -49,6 +49,9 @@ class _Session:
         outer: Future[Observation] = Future()
 
         def pass_on(done: Future[Observation]) -> None:
+            if done.cancelled():
+                outer.cancel()
+                return
             error = done.exception()
             if error is not None:
                 outer.set_exception(error)

@@ -40,9 +40,12 @@ class Grader:
     def grade_answer(self, gold: str, answer: str) -> Verdict:
         """Verdict on a bare answer."""
         key = (gold, answer)
-        if key not in self._cache:
-            self._cache[key] = self._cheap(gold, answer) or self._symbolic(gold, answer)
-        return self._cache[key]
+        if key in self._cache:
+            return self._cache[key]
+        verdict = self._cheap(gold, answer) or self._symbolic(gold, answer)
+        if verdict.rule not in ("timeout", "killed"):  # a loaded machine may be why
+            self._cache[key] = verdict
+        return verdict
 
     def close(self) -> None:
         """End the worker."""
@@ -73,7 +76,6 @@ class Grader:
     def _symbolic(self, gold: str, answer: str) -> Verdict:
         with self._lock:
             for attempt in range(2):
-                fresh = self._worker is None
                 try:
                     if self._worker is None:
                         self._worker = self._server.fork()
@@ -82,8 +84,8 @@ class Grader:
                     )
                     return Verdict(result["label"], result["rule"], answer)
                 except WorkerDied as death:
-                    # An idle worker may have died of its own; a fresh one died of this answer.
+                    # Somebody else may have killed it; what dies twice died of this answer.
                     self._worker = None
-                    if death.reason == "timeout" or fresh or attempt:
+                    if death.reason == "timeout" or attempt:
                         return Verdict("unknown", death.reason, answer)
         raise AssertionError("unreachable: the second attempt returns")

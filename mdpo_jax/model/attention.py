@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from mdpo_jax.model.kernels import KERNELS, choose
+
 BLOCK = 512  # queries whose scores exist at one time
 MASKED = -1e30  # finite, so that a row without keys gives a mean and not NaN
 
@@ -23,15 +25,21 @@ def attend(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
-    backend: str = "reference",
+    backend: str = "auto",
 ) -> Float[Array, "rows length heads head_dim"]:
     """Each token attends to those of its segment at or before its place in the row.
 
     softcap: cap * tanh(score / cap), before the mask.  Padding (segment 0) attends to padding:
-    garbage that nothing reads, but finite.  Raises ValueError for a backend that is not known.
+    garbage that nothing reads, but finite.  backend: `auto` takes what kernels.py has for the
+    platform.  Raises ValueError for a backend that is not known or cannot compute this.
     """
+    if backend == "auto":
+        backend = choose(
+            jax.default_backend(), window=window, softcap=softcap, head_dim=q_BTHK.shape[-1],
+            length=q_BTHK.shape[1], dtype=q_BTHK.dtype,
+        )  # fmt: skip
     if backend not in BACKENDS:
-        raise ValueError(f"backend: {backend!r}; expected one of {', '.join(BACKENDS)}")
+        raise ValueError(f"backend: {backend!r}; expected one of auto, {', '.join(BACKENDS)}")
     return BACKENDS[backend](
         q_BTHK, k_BSGK, v_BSGK, segments, scale=scale, window=window, softcap=softcap
     )
@@ -62,7 +70,7 @@ def _reference(q_BTHK, k_BSGK, v_BSGK, segments_BT, *, scale, window, softcap):
     return jnp.concatenate(blocks, axis=1)
 
 
-BACKENDS = {"reference": _reference}
+BACKENDS = {"reference": _reference, **KERNELS}
 
 
 def attend_cache(

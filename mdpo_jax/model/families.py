@@ -480,8 +480,12 @@ def _ropes_to_hf(config: ModelConfig) -> dict[str, Any]:
         for kind in config.kinds
     }
     main = by_type.get("full_attention", config.kinds[0].rope)
-    scaling = None if main.kind == "default" else _rope_to_hf(main)
-    fields = {"rope_theta": main.theta, "rope_scaling": scaling}
+    # Version 4 warns of a theta among the scaling's fields.
+    scaling = {k: v for k, v in _rope_to_hf(main).items() if k != "rope_theta"}
+    fields = {
+        "rope_theta": main.theta,
+        "rope_scaling": None if main.kind == "default" else scaling,
+    }
     if config.family != "gemma3":
         return {**fields, "rope_parameters": _rope_to_hf(main)}
     local = by_type.get("sliding_attention", main)

@@ -109,7 +109,7 @@ class Projections(nn.Module):
 class Attention(Projections):
     """Grouped-query attention with rotary positions."""
 
-    backend: str = "reference"
+    backend: str = "auto"
 
     def setup(self) -> None:
         c = self.config
@@ -194,7 +194,7 @@ class Block(nn.Module):
     config: ModelConfig
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
-    backend: str = "reference"
+    backend: str = "auto"
 
     def setup(self) -> None:
         c, dtypes = self.config, (self.dtype, self.param_dtype)
@@ -231,7 +231,7 @@ class Transformer(nn.Module):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     remat: str = "none"
-    backend: str = "reference"
+    backend: str = "auto"
 
     @nn.compact
     def __call__(self, tokens_BT, positions_BT, segments_BT):
@@ -350,7 +350,7 @@ def hidden_states(
     *,
     dtype: Any = jnp.float32,
     remat: str = "none",
-    backend: str = "reference",
+    backend: str = "auto",
 ) -> Float[Array, "rows length hidden"]:
     """The training forward, up to and with the final norm, in `dtype`.
 

@@ -67,7 +67,11 @@ class Context:
         m = self.config.model
         folder = self.directory / "start" / "model"
         if not m.path:
-            stage(folder.parent, lambda _: self._fresh().save(folder) and None)
+            # A folder there is whole, for `save` renames it into place.
+            stage(
+                folder.parent,
+                lambda _: None if folder.exists() else {"model": self._fresh().save(folder).name},
+            )
         return load_policy(m.path or folder, m.param_dtype, self.mesh)
 
     def _fresh(self) -> Policy:
@@ -100,8 +104,10 @@ class Context:
 
     @functools.cached_property
     def chat(self) -> Chat:
-        """The family's chat format over the run's tokenizer."""
-        return Chat(self.start.tokenizer, self.shape.family)
+        """The configured chat format over the run's tokenizer."""
+        m, start = self.config.model, self.start
+        name = self.shape.family if m.chat == "auto" else m.chat
+        return Chat(start.tokenizer, name, start.generation_config, m.system)
 
     @functools.cached_property
     def tool(self) -> Tool:
@@ -144,11 +150,18 @@ class Context:
         part = c.sft if sft else t
         return Trainer(
             self.shape,
-            Forward(c.model.dtype, c.model.remat, t.logprob_chunk),
+            Forward(c.model.dtype, c.model.remat, t.logprob_chunk, c.model.attention),
             Optimiser(beta2=part.beta2, weight_decay=part.weight_decay, clip=t.clip),
-            Layout(t.rows, t.row_length, max(2 * t.batch_pairs, c.sft.batch, c.raft.batch)),
+            Layout(self._rows, t.row_length, max(2 * t.batch_pairs, c.sft.batch, c.raft.batch)),
             self.mesh,
         )
+
+    @property
+    def _rows(self) -> int:
+        """train.rows, rounded up to what the mesh divides."""
+        shape = self.mesh.shape if self.mesh is not None else {}
+        ways = shape.get("data", 1) * shape.get("fsdp", 1)
+        return -(-self.config.train.rows // ways) * ways
 
     def load(self, path: Path) -> Any:
         """Parameters of a stage of this run."""

@@ -64,8 +64,9 @@ def evaluate(
         graded[name] = [graded_from(row) for row in read_lines(path)]
     rows = [{"split": split, "decoding": d, **_figures(graded[d])} for d in ("greedy", "sampled")]
     if pass_k:
-        rows[1] |= _pass_figures(graded["sampled"], graded["more"], settings.pass_samples)
-    if reference is not None:
+        first = graded["sampled"][: settings.pass_problems]
+        rows[1] |= _pass_figures(first, graded["more"], settings.pass_samples)
+    if reference is not None and settings.temperature == 1:  # else the samples are not the policy's
         rows[1]["kl"] = kl_estimate(context, [g.trajectory for g in graded["sampled"]], reference)
     return rows
 
@@ -105,12 +106,9 @@ def _figures(graded: Sequence[Graded]) -> dict[str, Any]:
 
 def _pass_figures(first: Sequence[Graded], more: Sequence[Graded], n: int) -> dict[str, Any]:
     """pass@k for k = 1, 2, 4, ... n over the problems that have n samples."""
-    counts: dict[str, int] = {}
+    counts = {g.trajectory.problem_id: int(g.verdict.correct) for g in first}
     for g in more:
-        counts[g.trajectory.problem_id] = counts.get(g.trajectory.problem_id, 0) + g.verdict.correct
-    for g in first:
-        if g.trajectory.problem_id in counts:
-            counts[g.trajectory.problem_id] += g.verdict.correct
+        counts[g.trajectory.problem_id] += g.verdict.correct
     right = np.array(list(counts.values()))
     ks = [2**i for i in range(n.bit_length()) if 2**i <= n]
     values = {k: pass_at_k(right, n, k) for k in ks}

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from mdpo_jax.config import Config, ConfigError, differences, from_dict
 
-DONE = "done.json"
+DONE, RESULTS = "done.json", "results.json"
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -19,15 +21,20 @@ def write_json(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     with open(partial, "w", encoding="utf-8") as out:
-        json.dump(value, out, indent=1)
+        json.dump(value, out, indent=1, allow_nan=False)
         out.flush()
         os.fsync(out.fileno())
     partial.rename(path)
 
 
 def read_json(path: Path) -> Any:
-    """The value of `write_json`."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """The value of `write_json`; ConfigError names a file that is not whole."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(
+            f"{path}: not whole ({error}); delete it, and a stage's folder with it, and run again"
+        ) from None
 
 
 def read_config(directory: Path) -> Config:
@@ -38,8 +45,12 @@ def read_config(directory: Path) -> Config:
     return dataclasses.replace(from_dict(read_json(path)), workdir=str(directory))
 
 
-def open_run(config: Config) -> Path:
-    """The run directory, with its config; refuses one that belongs to another configuration."""
+@contextlib.contextmanager
+def open_run(config: Config) -> Iterator[Path]:
+    """The run directory, with its config, held against other processes.
+
+    Refuses one that belongs to another configuration.
+    """
     directory = config.directory
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -49,9 +60,24 @@ def open_run(config: Config) -> Path:
         raise ConfigError(
             f"config.workdir={str(directory)!r}: {error.strerror}; expected a writable folder"
         ) from None
+    with open(directory / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go when the process ends
+        except OSError:
+            raise ConfigError(
+                f"config.workdir={str(directory)!r}: another process works in it; expected one "
+                "process a run"
+            ) from None
+        _claim(config, directory)
+        yield directory
+
+
+def _claim(config: Config, directory: Path) -> None:
+    """Write the configuration, or compare; until a stage is done there is nothing to protect."""
     known = directory / "config.json"
     fields = config.as_dict() | {"workdir": ""}
-    if known.exists():
+    begun = any(directory.glob(f"*/{DONE}"))
+    if known.exists() and begun:
         changed = differences(read_json(known), fields)
         if changed:
             raise ConfigError(
@@ -60,7 +86,6 @@ def open_run(config: Config) -> Path:
             )
     else:
         write_json(known, fields)
-    return directory
 
 
 def stage(folder: Path, work: Callable[[Path], dict[str, Any] | None]) -> dict[str, Any]:

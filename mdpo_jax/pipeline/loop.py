@@ -12,19 +12,21 @@ from mdpo_jax.config import Config, ConfigError
 from mdpo_jax.pipeline import stages
 from mdpo_jax.pipeline.context import Context
 from mdpo_jax.pipeline.evaluation import Advance, correct, evaluate
-from mdpo_jax.pipeline.files import DONE, open_run, read_json, stage, write_json
+from mdpo_jax.pipeline.files import DONE, RESULTS, open_run, read_json, stage, write_json
 from mdpo_jax.reporting.console import progress
 from mdpo_jax.reporting.metrics import paired_interval
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Everything up to results.json, from wherever the run directory stands; returns results."""
-    directory = open_run(config)
-    context = Context(config, directory)
-    try:
-        return _run(context)
-    finally:
-        context.close()
+    """Everything up to results.json, from wherever the run directory stands; returns results.
+
+    A run that has its results.json is finished: it is read and nothing is done again.
+    """
+    with open_run(config) as directory:
+        if (directory / RESULTS).exists():
+            return read_json(directory / RESULTS)
+        with contextlib.closing(Context(config, directory)) as context:
+            return _run(context)
 
 
 def _run(context: Context) -> dict[str, Any]:
@@ -53,7 +55,7 @@ def _run(context: Context) -> dict[str, Any]:
         "comparisons": _compare(context, config.iterations),
         "compilations": _compilations(context),
     }
-    write_json(directory / "results.json", results)
+    write_json(directory / RESULTS, results)
     return results
 
 
@@ -66,13 +68,10 @@ def evaluate_again(config: Config, iteration: int, split: str) -> list[dict[str,
             f"--iteration={iteration}: {folder} has no parameters; expected 0 (SFT) to "
             f"{config.iterations} of a run that got so far"
         )
-    context = Context(config, directory)
-    try:
-        name = config.method if iteration else "sft"
+    name = config.method if iteration else "sft"
+    with open_run(config), contextlib.closing(Context(config, directory)) as context:
         problems = stages.read_problems(context, split)
         return _evaluate(context, folder, name, iteration, problems, split)
-    finally:
-        context.close()
 
 
 def _iterate(context: Context, folder: Path, t: int, policies: list[Path]) -> None:
@@ -87,6 +86,8 @@ def _iterate(context: Context, folder: Path, t: int, policies: list[Path]) -> No
     with _timed(context, f"iteration {t}: rollout", total) as advance:
         stage(folder / "rollout", lambda f: stages.rollout(context, f, t, sources, advance))
     stage(folder / "pairs", lambda f: stages.build_pairs(context, f, t))
+    start = policies[-1] if train.start == "previous" else policies[1]
+    reference = policies[-1] if train.reference == "updated" else policies[1]
     scored: dict[str, Any] = {}
     if config.method != "raft":
         first = 1 if train.data == "all" else t
@@ -94,15 +95,15 @@ def _iterate(context: Context, folder: Path, t: int, policies: list[Path]) -> No
             folder.parent / f"iteration-{i}" / "pairs" / "pairs.jsonl.gz"
             for i in range(first, t + 1)
         ]
-        reference = policies[-1] if train.reference == "updated" else policies[1]
         scored = stage(
             folder / "reference", lambda f: stages.score_reference(context, f, files, reference)
         )
-    start = policies[-1] if train.start == "previous" else policies[1]
     with _timed(context, f"iteration {t}: {config.method}", None) as advance:
         stage(
             folder / "train",
-            lambda f: stages.train(context, f, start, scored, config.seed + 1000 * t, advance),
+            lambda f: stages.train(
+                context, f, start, reference, scored, config.seed + 1000 * t, advance
+            ),
         )
 
 
@@ -127,15 +128,17 @@ def _evaluate(
 
 
 def _compilations(context: Context) -> dict[str, int]:
-    """Programs of the sampler, those compiled after its warm-up, and of the step (0: none ran)."""
-    trained = [
-        context.directory / f"iteration-{t}" / "train"
-        for t in range(1, 1 + context.config.iterations)
-    ]
+    """Most programs that one process compiled: the sampler's, those of them after its warm-up, and
+    the step's (0: none ran)."""
+
+    def most(stage_name: str, field: str) -> int:
+        folders = context.directory.glob(f"iteration-*/{stage_name}")
+        return max(read_json(folder / DONE).get(field, 0) for folder in folders)
+
     return {
-        "rollout": context.sampler.compilations(),
-        "rollout_after_warm_up": context.sampler.late_compilations(),
-        "step": max(read_json(folder / DONE).get("compilations", 0) for folder in trained),
+        "rollout": most("rollout", "compilations"),
+        "rollout_after_warm_up": most("rollout", "compilations_after_warm_up"),
+        "step": most("train", "compilations"),
     }
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mdpo_jax.config import ConfigError
+from mdpo_jax.config import ConfigError, StepZeroError
 from mdpo_jax.data import packing, pairs, store, synthetic
 from mdpo_jax.data.packing import Item
 from mdpo_jax.data.problems import load_problems
@@ -68,7 +69,7 @@ def _synthetic(context: Context, counts: dict[str, int]) -> dict[str, list[Probl
     for name, count in counts.items():
         groups[name] = synthetic.problems(chains, "train", count, config.seed, skip)
         skip += count
-    return groups
+    return {name: _fitting(context, "the synthetic suite", found) for name, found in groups.items()}
 
 
 def _from_files(
@@ -135,10 +136,17 @@ def sft(context: Context, folder: Path, advance: Advance) -> dict[str, Any]:
     settings, seed = context.config.sft, context.config.seed
     params = context.start.params
     held_out = {p.question for name in ("dev", "test") for p in read_problems(context, name)}
-    parts = demonstrations(context, held_out) if settings.steps else []
+    parts = demonstrations(context, held_out, folder) if settings.steps else []
+    if not parts and context.config.model.path is None:
+        raise ConfigError(
+            f"config.problems.path={context.config.problems.path!r}: holds no worked solutions to "
+            "warm a fresh model up with; expected sft.path, or model.path to start from"
+        )
     if not parts:
         for name in (PARAMS, EARLIER):
             checkpoint.save_params(folder / name, params)
+        if settings.steps:
+            _log.warning("SFT: no worked solutions in %s; skipped", context.config.problems.path)
         return {"steps": 0, "note": "no demonstrations: the SFT policy is model.path as it is"}
     batches = _in_turn(
         [(n, shuffled([[i] for i in items], settings.batch, seed)) for n, items in parts]
@@ -203,7 +211,26 @@ def rollout(
             right, total = right + labels.count("correct"), total + len(labels)
             advance(len(labels))
         first += count
-    return {"trajectories": total, "correct": right / max(1, total)}
+    return {
+        "trajectories": total,
+        "correct": right / max(1, total),
+        "statuses": _statuses(folder),
+        "compilations": context.sampler.compilations(),
+        "compilations_after_warm_up": context.sampler.late_compilations(),
+    }
+
+
+def _statuses(folder: Path) -> dict[str, int]:
+    """How many tool calls ended how; some of them mean that the machine, not the code, was slow."""
+    files = sorted(folder.glob("*.jsonl.gz"))
+    rows = (row for file in files for row in store.read_lines(file))
+    counts = dict(sorted(Counter(s for row in rows for s in row["tool_statuses"]).items()))
+    lost = counts.get("timeout", 0) + counts.get("killed", 0)
+    if lost:
+        _log.warning(
+            "rollout: %d tool calls of %d timed out or were killed", lost, sum(counts.values())
+        )
+    return counts
 
 
 def build_pairs(context: Context, folder: Path, iteration: int) -> dict[str, Any]:
@@ -220,12 +247,18 @@ def build_pairs(context: Context, folder: Path, iteration: int) -> dict[str, Any
     store.write_lines(folder / "pairs.jsonl.gz", map(store.pair_row, short))
     right = [t for t in found.correct if len(t.ids) <= length]
     store.write_lines(folder / "correct.jsonl.gz", map(store.trajectory_row, right))
+    dropped = dict(found.dropped)
+    long = len(found.pairs) - len(short), len(found.correct) - len(right)
+    for name, count in zip(("pair_beyond_row", "correct_beyond_row"), long, strict=True):
+        if count:
+            dropped[name] = count
+            _log.warning("pairs: %d %s train.row_length=%d", count, name, length)
     return {
         "pairs": len(short),
         "correct": len(right),
         "problems": found.problems,
         "mixed_problems": found.mixed,
-        "dropped": dict(sorted(found.dropped.items())),
+        "dropped": dict(sorted(dropped.items())),
     }
 
 
@@ -245,17 +278,26 @@ def score_reference(
 
 
 def train(
-    context: Context, folder: Path, start: Path, reference: dict[str, Any], seed: int,
-    advance: Advance,
+    context: Context, folder: Path, start: Path, scored_by: Path, reference: dict[str, Any],
+    seed: int, advance: Advance,
 ) -> dict[str, Any]:  # fmt: skip
-    """The preference step over an iteration's pairs (M-DPO, single-turn DPO) or RAFT's data."""
+    """The preference step over an iteration's pairs (M-DPO, single-turn DPO) or RAFT's data.
+
+    start, scored_by: parameters of the policy to move and of the reference; where they are the
+    same, the first loss must be ln 2.  reference: what `score_reference` returned.
+    """
     config = context.config
     params = context.load(start)
     groups, plan, objective = _training_data(context, folder, seed)
     if not groups:
         checkpoint.save_params(folder / PARAMS, params)
         return {"steps": 0, "note": "no pair to learn from: the policy is unchanged"}
-    at_reference = objective.kind == "pairs" and fingerprint(params) == reference.get("reference")
+    at_reference = objective.kind == "pairs" and start == scored_by
+    if at_reference and fingerprint(params) != reference.get("reference"):
+        raise StepZeroError(
+            f"{folder}: the policy read from {start} is not the one whose log-probs the pairs hold; "
+            f"delete {folder.parent / 'reference'} to have them scored again"
+        )
     trainer = context.trainer()
     with _recorded(folder, advance) as report:
         final = trainer.fit(

@@ -11,10 +11,8 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer
 
-from mdpo_jax.chat import Chat
 from mdpo_jax.config import Config
 from mdpo_jax.data import store
-from mdpo_jax.model.families import from_hf
 from mdpo_jax.pipeline.files import read_json
 from mdpo_jax.reporting.metrics import read_metrics
 from mdpo_jax.reporting.site.build import Report, SampleTrajectory, build_report
@@ -59,8 +57,7 @@ def write_report(config: Config) -> Path:
 def _samples(config: Config) -> Iterator[SampleTrajectory]:
     """The first greedy test trajectories of SFT and of the last iteration, role by role."""
     export = config.directory / "export"
-    family = from_hf(read_json(export / "config.json")).family
-    chat = Chat(AutoTokenizer.from_pretrained(export), family)
+    tokenizer = AutoTokenizer.from_pretrained(export)
     path = config.directory / "problems" / "test.jsonl.gz"
     problems = {p.id: p for p in map(store.problem_from, store.read_lines(path))}
     last = config.iterations
@@ -77,11 +74,13 @@ def _samples(config: Config) -> Iterator[SampleTrajectory]:
                 verdict=verdict.label,
                 rule=verdict.rule,
                 stage=name,
-                segments=[_segment(chat, trajectory, r, s) for r, s in trajectory.segments],
+                segments=[_segment(tokenizer, trajectory, r, s) for r, s in trajectory.segments],
             )
 
 
-def _segment(chat: Chat, trajectory: Any, role: Role, span: slice) -> tuple[str, str, float | None]:
-    text = chat.tokenizer.decode(trajectory.ids[span].tolist())
+def _segment(
+    tokenizer: Any, trajectory: Any, role: Role, span: slice
+) -> tuple[str, str, float | None]:
+    text = tokenizer.decode(trajectory.ids[span].tolist(), clean_up_tokenization_spaces=False)
     mean = float(np.mean(trajectory.log_probs[span])) if role == Role.ACTION else None
     return role.name.lower(), text, mean

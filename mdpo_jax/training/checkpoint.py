@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,15 +17,21 @@ class RunCheckpointError(ValueError):
 
 
 def save_params(path: Path, params: Any) -> None:
-    """Write params to `path`; a torn earlier attempt there is replaced.
+    """Write params to `path`; what an earlier attempt left there is removed first.
 
-    Orbax writes beside it and renames, so a kill leaves the old state or the new, never half.
+    Orbax writes beside it and renames, so a kill leaves nothing there or all of it.  Raises OSError
+    when the disk is full.
     """
     path = path.absolute()
     if path.exists():
         shutil.rmtree(path)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path, params)
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(path, params)
+    except ValueError as error:  # tensorstore's word for every failure
+        if "No space left" in str(error) or "ENOSPC" in str(error):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
+        raise
 
 
 def load_params(path: Path, like: Any) -> Any:

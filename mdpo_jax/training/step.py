@@ -34,11 +34,12 @@ class Objective:
 
 @dataclasses.dataclass(frozen=True)
 class Forward:
-    """How the trainer runs the model: compute type, remat policy, head chunk."""
+    """How the trainer runs the model: compute type, remat policy, head chunk, attention backend."""
 
     dtype: str = "float32"
     remat: str = "none"
     logprob_chunk: int = 2048
+    attention: str = "auto"
 
 
 def put(batch: PackedBatch, mesh: Mesh | None) -> Arrays:
@@ -64,7 +65,7 @@ def log_probs(
     """
     hidden = transformer.hidden_states(
         config, params, micro["tokens"], micro["positions"], micro["segments"],
-        dtype=jnp.dtype(forward.dtype), remat=forward.remat,
+        dtype=jnp.dtype(forward.dtype), remat=forward.remat, backend=forward.attention,
     )  # fmt: skip
     rows, length, width = hidden.shape
     values = objectives.token_log_probs(
@@ -114,6 +115,7 @@ def micro_loss(
         "loss": loss + objective.nll_weight * nll,
         "logps/chosen": jnp.sum(weights * policy[chosen]),
         "logps/rejected": jnp.sum(weights * policy[rejected]),
+        "log_ratio/mean_abs": jnp.sum(weights * both) / 2,
         "log_ratio/max_abs": jnp.max(both),
     }
     return metrics["loss"], metrics

@@ -56,3 +56,9 @@ def test_each_operation_is_said_with_its_operand(operation):
     chain = synthetic.Chain(50, ((operation.name, 7),))
     words = synthetic.question(chain, random.Random(0))
     assert ("7" in words) == (operation.operands is not None)
+
+
+def test_a_suite_that_has_no_more_chains_says_so():
+    small = synthetic.Suite(steps=(1.0,), largest_start=9, largest_value=9)
+    with pytest.raises(ValueError, match=r"largest_start=9 .* distinct dev problems"):
+        synthetic.problems(small, "dev", 5000, 0)

@@ -160,3 +160,44 @@ def test_blocks_and_the_wish_for_the_tool():
 
 def test_an_action_without_a_closed_block_is_refused(tool):
     assert tool.start("x").run("```python\n1").result().status == "refused"
+
+
+def test_a_worker_that_somebody_else_kills_changes_no_observation(tool):
+    """The kernel short of memory, an operator: the block runs once more and gives what it gives."""
+    session = tool.start("stable")
+    assert run(session, "a = 2").status == "ok"
+    call = session.run("```python\nimport time\ntime.sleep(0.6)\nprint(a + 1)\n```")
+    time.sleep(0.2)
+    os.kill(session._worker.pid, signal.SIGKILL)
+    seen = call.result(timeout=60)
+    assert (seen.text, seen.status) == ("3", "ok")
+    session.close()
+
+
+def test_how_long_a_block_took_is_not_shared_with_others():
+    with PythonInterpreter(preload=(), timeout=0.5, memory_mb=512, cache=True) as interpreter:
+        slow = "```python\nimport time\ntime.sleep(30)\n```"
+        quick = "```python\nprint(1)\n```"
+        for action, status in ((slow, "timeout"), (quick, "ok")):
+            session = interpreter.start("t")
+            assert session.run(action).result(timeout=60).status == status
+            session.close()
+        assert list(interpreter.cache) == [("print(1)",)]
+
+
+def test_a_cancelled_call_cancels_its_noisy_twin():
+    from concurrent.futures import Future
+
+    class Never:
+        def start(self, key):
+            return self
+
+        def run(self, action):
+            self.call = Future()
+            return self.call
+
+    inner = Never()
+    outer = NoisyTool(inner, 1.0, 0).start("t").run("x")
+    inner.call.cancel()
+    inner.call.set_running_or_notify_cancel()
+    assert outer.cancelled()

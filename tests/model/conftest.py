@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mdpo_jax.model.families import ModelConfig, param_shapes
+from mdpo_jax.model.families import LayerKind, ModelConfig, Rope, param_shapes
 from mdpo_jax.model.policy import Policy
 
 
@@ -12,8 +12,7 @@ def config():
     return ModelConfig("gemma", 64, 32, 48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16)
 
 
-@pytest.fixture(scope="session")
-def params(config):
+def draw_params(config):
     """Random everywhere, the norms too."""
     rng = np.random.default_rng(0)
 
@@ -21,6 +20,30 @@ def params(config):
         return jnp.asarray(rng.normal(scale=0.2, size=x.shape), x.dtype)
 
     return jax.tree.map(draw, param_shapes(config))
+
+
+@pytest.fixture(scope="session")
+def params(config):
+    return draw_params(config)
+
+
+@pytest.fixture
+def draw():
+    """config -> random parameters."""
+    return draw_params
+
+
+@pytest.fixture(scope="session", params=["gemma2", "gemma3", "mistral", "qwen2"])
+def windowed(request):
+    """(config, params) of a model with windows of 6: in half of its layers, or in all."""
+    both = (LayerKind(6, Rope(100.0)), LayerKind(None, Rope(10000.0)))
+    kinds = both[:1] if request.param == "mistral" else both
+    config = ModelConfig(
+        request.param, 64, 32, 48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16,
+        kinds=kinds, layer_kinds=() if len(kinds) == 1 else (0, 1), attention_cap=5.0,
+        logit_cap=3.0, tied=False,
+    )  # fmt: skip
+    return config, draw_params(config)
 
 
 @pytest.fixture

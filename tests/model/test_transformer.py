@@ -47,6 +47,52 @@ def test_extends_of_mixed_lengths_equal_the_full_forward(config, params, ids):
         np.testing.assert_allclose(row, expected[: len(row)], atol=2e-5)
 
 
+def test_rings_give_what_the_full_forward_gives(windowed, ids):
+    """Extensions shorter and longer than the window, single tokens, pauses, the ring lapped."""
+    config, params = windowed
+    tokens = ids(3, 20)
+    whole = _whole(config, params, tokens)
+    chunks = [(5, 8, 1), (1, 0, 1), (1, 1, 1), (0, 7, 3), (1, 1, 1), (8, 0, 8)]
+    for width in (8, 12):
+        found = _decode(config, params, tokens, chunks, width=width)
+        for row, expected in zip(found, whole, strict=True):
+            np.testing.assert_allclose(row, expected[: len(row)], atol=2e-5)
+    ones = [(1, 1, 1)] * 20
+    found = _decode(config, params, tokens, ones, width=1)
+    for row, expected in zip(found, whole, strict=True):
+        np.testing.assert_allclose(row, expected, atol=2e-5)
+
+
+def test_a_layer_with_a_window_holds_a_window(windowed):
+    config, _ = windowed
+    cache = init_cache(config, 3, 24)
+    slots = [layer["values"].shape[2] for layer in cache]
+    assert slots == [6 if config.kind(i).window else 24 for i in range(2)]
+    assert [x["values"].shape[2] for x in init_cache(config, 3, 4)] == [4, 4]
+
+
+def test_a_window_hides_what_lies_before_it(windowed, draw, ids):
+    """With one layer, a change beyond the window changes nothing; within it, something."""
+    config, _ = windowed
+    config = dataclasses.replace(config, num_layers=1, layer_kinds=())
+    params, tokens = draw(config), ids(1, 12)
+    far, near = tokens.copy(), tokens.copy()
+    far[0, 5], near[0, 6] = tokens[0, 5] % 60 + 1, tokens[0, 6] % 60 + 1
+    last = [np.asarray(_whole(config, params, x))[0, 11] for x in (tokens, far, near)]
+    np.testing.assert_array_equal(last[0], last[1])
+    assert np.abs(last[0] - last[2]).max() > 1e-4
+
+
+def test_packed_windows_equal_rows_apart(windowed, ids):
+    config, params = windowed
+    a, b = ids(1, 9, seed=1)[0], ids(1, 11, seed=2)[0]
+    row, segments = np.concatenate([a, b])[None], np.array([[1] * 9 + [2] * 11])
+    positions = np.array([[*range(9), *range(11)]])
+    packed = np.asarray(_forward(config, params, row, positions, segments))[0]
+    np.testing.assert_allclose(packed[:9], _whole(config, params, a[None])[0], atol=2e-5)
+    np.testing.assert_allclose(packed[9:], _whole(config, params, b[None])[0], atol=2e-5)
+
+
 def test_a_cache_filled_to_its_end_is_exact(config, params, ids):
     tokens = ids(2, 12)
     found = _decode(config, params, tokens, [(8, 4), (3, 7), (1, 1)], length=12)

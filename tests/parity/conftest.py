@@ -8,7 +8,7 @@ from mdpo_jax.model.families import leaf, weight_map
 FIXTURES = Path(__file__).parent / "fixtures"
 
 
-@pytest.fixture(params=["gemma_kv1", "gemma_kv2"])
+@pytest.fixture(params=sorted(path.stem for path in FIXTURES.glob("*.npz")))
 def frozen(request):
     """(checkpoint folder, what transformers made of it)."""
     return FIXTURES / request.param, dict(np.load(FIXTURES / f"{request.param}.npz"))

@@ -83,9 +83,15 @@ def test_problem_sets_are_disjoint(finished):
 
 
 def test_a_finished_run_does_nothing_again(finished):
-    before = {p: p.stat().st_mtime_ns for p in finished.rglob("done.json")}
+    def state():
+        return {
+            p: p.stat().st_mtime_ns for p in finished.rglob("*.json") if "report" not in p.parts
+        }
+
+    before = state()
+    assert before
     assert train.main([*SMALL_RUN, f"--config.workdir={finished}"]) == 0
-    assert before == {p: p.stat().st_mtime_ns for p in finished.rglob("done.json")}
+    assert before == state()
 
 
 def test_a_run_that_was_cut_ends_in_the_same_place(finished, tmp_path, graded_by_parity):
@@ -93,6 +99,7 @@ def test_a_run_that_was_cut_ends_in_the_same_place(finished, tmp_path, graded_by
     again = tmp_path / "again"
     shutil.copytree(finished, again)
     (again / "results.json").unlink()
+    (again / "start" / "done.json").unlink()  # killed between the model and its done.json
     shutil.rmtree(again / "export")
     for name in ("train", "train-dev", "train-test", "reference", "pairs"):
         shutil.rmtree(again / "iteration-2" / name)
@@ -200,6 +207,42 @@ def test_a_stage_that_was_cut_starts_anew(tmp_path):
         files.stage(tmp_path / "s", work)
     assert files.stage(tmp_path / "s", work) == {"n": 2}
     assert files.stage(tmp_path / "s", work) == {"n": 2}
+
+
+def test_rows_are_rounded_up_to_what_the_mesh_divides(tmp_path):
+    from mdpo_jax.pipeline.context import Context
+
+    config = parse([*SMALL_RUN, "--config.train.rows=10", "--config.mesh.fsdp=4"])
+    assert Context(config, tmp_path)._rows == 12
+
+
+def test_one_sample_gives_pass_at_1_as_the_sampled_accuracy():
+    from mdpo_jax.data.store import Graded
+    from mdpo_jax.pipeline.evaluation import _pass_figures
+    from mdpo_jax.types import Trajectory, Verdict
+
+    one = np.ones(1)
+    first = [
+        Graded(Trajectory(f"p{i}", 0, "x", one, one, one), Verdict(label, "exact"))
+        for i, label in enumerate(("correct", "wrong", "wrong", "correct"))
+    ]
+    assert _pass_figures(first, [], 1) == {"pass_at_k": {"1": 0.5}}
+    assert _pass_figures(first, first, 2)["pass_at_k"] == {"1": 0.5, "2": 0.5}
+
+
+def test_bad_demonstrations_are_set_aside_and_counted(tmp_path):
+    from mdpo_jax.config import ConfigError
+    from mdpo_jax.pipeline.demonstrations import _read
+
+    turn = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    rows = [{"messages": turn}, {"messages": turn[:1]}, {"messages": [{"role": "user"}]}, {"x": 1}]
+    path, aside = tmp_path / "demos.jsonl", tmp_path / "quarantine.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert _read(path, aside) == [turn]
+    assert [json.loads(line)["line"] for line in aside.read_text().splitlines()] == [2, 3, 4]
+    path.write_text('{"x": 1}')
+    with pytest.raises(ConfigError, match="no usable row; line 1"):
+        _read(path, aside)
 
 
 def test_the_recipe_parses_with_the_tests_overrides():

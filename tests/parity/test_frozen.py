@@ -41,6 +41,20 @@ def test_logits_equal(frozen):
     assert np.abs(got - expected["logits"]).max() <= 1e-5 * scale
 
 
+def test_packed_rows_equal_too(frozen):
+    """Both rows of the fixture as segments of one, and padding behind them."""
+    folder, expected = frozen
+    config, params = _read(folder)
+    ids = np.pad(expected["ids"].reshape(1, -1), ((0, 0), (0, 3)))
+    segments = np.array([[1] * 24 + [2] * 24 + [0] * 3])
+    positions = np.array([[*range(24), *range(24), 0, 0, 0]])
+    hidden = jax.jit(transformer.hidden_states, static_argnums=0)(
+        config, params, ids, positions, segments
+    )
+    got = np.asarray(transformer.logits(config, params, hidden))[0, :48].reshape(2, 24, -1)
+    assert np.abs(got - expected["logits"]).max() <= 1e-5 * np.abs(expected["logits"]).max()
+
+
 def test_bfloat16_logits_are_near(frozen):
     folder, expected = frozen
     config, params = _read(folder)

@@ -1,0 +1,77 @@
+"""What the doors make of errors and interrupts: one line and a code."""
+
+import errno
+import os
+import signal
+
+import pytest
+
+from mdpo_jax import train
+from mdpo_jax.config import StepZeroError
+from mdpo_jax.doors import guarded, interrupts_held
+
+
+def _raise(error):
+    def work():
+        raise error
+
+    return work
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (ValueError("field: 3; expected 4\nmore"), 2, "error: field: 3; expected 4\n"),
+        (OSError(errno.ENOSPC, "No space left on device", "f"), 75, "No space left on device"),
+        (StepZeroError("step 0: loss 2"), 1, "stopped: step 0: loss 2\n"),
+        (KeyboardInterrupt(), 75, "interrupted; the same command resumes"),
+    ],
+)
+def test_an_error_is_one_line_and_a_code(error, code, words, capsys):
+    assert guarded(_raise(error)) == code
+    said = capsys.readouterr().err
+    assert words in said
+    assert said.count("\n") == 1
+
+
+def test_an_error_of_ours_keeps_its_traceback():
+    with pytest.raises(KeyError):
+        guarded(_raise(KeyError("x")))
+
+
+def test_an_interrupt_waits_for_the_end_of_the_imports():
+    seen = []
+
+    def work():
+        with interrupts_held():
+            os.kill(os.getpid(), signal.SIGINT)
+            seen.append("the block ended")
+
+    assert guarded(work) == 75
+    assert seen
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("def get_config(:", "SyntaxError"),
+        ("x = 1", "has no attribute 'get_config'"),
+        ("def get_config(): return 3", "gave a int; expected a Config"),
+        ("from mdpo_jax.config import Config\ndef get_config(): return Config(nam='x')", "'nam'"),
+    ],
+)
+def test_a_recipe_that_is_none_is_one_line(source, words, tmp_path, capsys):
+    (tmp_path / "recipe.py").write_text(source)
+    assert train.main([f"--config={tmp_path / 'recipe.py'}"]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+
+
+def test_help_shows_the_values_that_the_arguments_give(capsys):
+    assert train.main(["--config=gemma7b", "--smoke", "--config.train.eta=0.7", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "--config.train.eta=0.7  (float)" in shown
+    assert "--config.model.hidden_size=64  (int)" in shown
+    assert train.main(["--config=tiny", "--config.train.etaa=1", "--help"]) == 2

@@ -51,7 +51,8 @@ def _share(section: str, values: Any, *names: str) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
-    """The policy.  With `path` a Hugging Face folder; without, a fresh model of this shape.
+    """The policy.  With `path` a model's folder or hub id `org/name[@revision]`; without, a fresh one
+    of this shape.
 
     dtype is the compute type, param_dtype that of the trained weights.
     chat: the chat format; `auto` takes the family's that the tokenizer's vocabulary can spell.

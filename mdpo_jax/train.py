@@ -18,11 +18,11 @@ def _train(config: Config) -> None:
     with interrupts_held():
         from rich.console import Console
 
-        from mdpo_jax.pipeline import loop, summary
+        from mdpo_jax.pipeline import exporting, loop, summary
         from mdpo_jax.reporting.console import results_table
 
     results = loop.run(config)
-    folder = loop.export_chosen(config, results)
+    folder = exporting.export_chosen(config, results)
     page = summary.write_report(config)
     console = Console()
     console.print(results_table(results["rows"]))

@@ -60,3 +60,21 @@ def trajectories(count=12):
         ids, roles = chat().messages(messages)
         out.append(Trajectory("p", len(out), "demo", ids, roles, np.zeros(len(ids), np.float32)))
     return tuple(out)
+
+
+def write_model(folder, family="gemma", max_shard_bytes=10**9, **fields):
+    """A small random model as a Hugging Face folder with a tokenizer; returns its config."""
+    import json
+
+    from mdpo_jax.model.hf_config import from_hf, to_hf
+    from mdpo_jax.model.weights import write_params
+
+    folder.mkdir(parents=True, exist_ok=True)
+    small = ModelConfig(family, len(tokenizer()), 16, 32, 2, 2, 1, 8)
+    raw = to_hf(small, {"bos_token_id": 2, "eos_token_id": [1, 107]}) | fields
+    config = from_hf(raw)
+    weights = transformer.init_params(config, jax.random.key(1), fields.get("dtype", "float32"))
+    write_params(folder, weights, config, fields.get("dtype", "float32"), max_shard_bytes)
+    (folder / "config.json").write_text(json.dumps(raw))
+    tokenizer().save_pretrained(folder)
+    return config

@@ -8,19 +8,23 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from mdpo_jax.model import transformer
-from mdpo_jax.model.families import ModelConfig, from_hf, to_hf
-from mdpo_jax.model.weights import CheckpointError, read_params, write_params
+from mdpo_jax.model import gemma_flax, transformer
+from mdpo_jax.model.families import ModelConfig
+from mdpo_jax.model.hf_config import from_hf, to_hf
+from mdpo_jax.model.hub import find_model
+from mdpo_jax.model.weights import CheckpointError, read_params, refuse_foreign, write_params
 
 DTYPES = ("float32", "bfloat16", "float16")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
@@ -31,7 +35,8 @@ class Policy:
     """What the rest of the house calls a policy.
 
     params: stacked, on a device or a mesh.  hf_config: the source's config.json, whose fields that
-    are not ours travel through `save`.  generation_config: the source's, if it had one.
+    are not ours travel through `save`.  generation_config: the source's, if it had one.  source:
+    the folder that it was read from.
     """
 
     config: ModelConfig
@@ -39,6 +44,7 @@ class Policy:
     tokenizer: Any
     hf_config: dict[str, Any] = dataclasses.field(default_factory=dict)
     generation_config: dict[str, Any] | None = None
+    source: Path | None = None
 
     @property
     def dtype(self) -> str:
@@ -62,52 +68,106 @@ class Policy:
             raise ValueError(f"ids: {tokens.min()}..{tokens.max()}; expected 0..{size - 1}")
         return _forward(self.config, self.params, tokens)
 
-    def save(self, directory: str | Path, dtype: str | None = None) -> Path:
-        """Writes a Hugging Face folder; whole or not at all.  dtype: None for the parameters' own.
+    def save(
+        self,
+        directory: str | Path,
+        dtype: str | Mapping[str, Any] | None = None,
+        also: Mapping[str, str | Path] | None = None,
+    ) -> Path:
+        """Writes a Hugging Face folder; whole or not at all.
 
-        All goes into DIRECTORY.partial, which is fsynced and renamed.
+        dtype: of the weights, None for the parameters' own, or by stored tensor.  also: more files
+        by name, as text or to be copied; they come last and replace what is there.  All goes into
+        DIRECTORY.partial, which is fsynced and renamed.  Of several processes all must call; the
+        first one writes.
         Raises FileExistsError if the directory exists.
         """
-        target, dtype = Path(directory), _dtype(dtype or self.dtype)
+        target, dtype = Path(directory), dtype or self.dtype
+        if isinstance(dtype, str):
+            _dtype(dtype)
         if target.exists():
             raise FileExistsError(f"{target}: exists already; expected a new folder")
         partial = target.with_name(target.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        first = jax.process_index() == 0
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
         write_params(partial, self.params, self.config, dtype)
-        _write_json(partial / "config.json", to_hf(self.config, self.hf_config, dtype))
-        if self.generation_config is not None:
-            _write_json(partial / "generation_config.json", self.generation_config)
-        self.tokenizer.save_pretrained(partial)
-        for path in [*partial.rglob("*"), partial]:
-            _fsync(path)
-        partial.rename(target)
-        _fsync(target.parent)
+        if first:
+            self._write_beside(partial, dtype, also or {})
+            for path in [*partial.rglob("*"), partial]:
+                _fsync(path)
+            partial.rename(target)
+            _fsync(target.parent)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"saved {target}")
         return target
 
+    def _write_beside(
+        self, folder: Path, dtype: str | Mapping[str, Any], also: Mapping[str, str | Path]
+    ) -> None:
+        """All but the weights."""
+        if not isinstance(dtype, str):
+            # config.json names one type: that of most tensors.
+            [(dtype, _)] = Counter(str(np.dtype(kind)) for kind in dtype.values()).most_common(1)
+        _write_json(folder / "config.json", to_hf(self.config, self.hf_config, dtype))
+        if self.generation_config is not None:
+            _write_json(folder / "generation_config.json", self.generation_config)
+        self.tokenizer.save_pretrained(folder)
+        for name, content in also.items():
+            if isinstance(content, Path):
+                shutil.copyfile(content, folder / name)
+            else:
+                (folder / name).write_text(content, encoding="utf-8")
 
-def load_policy(path: str | Path, dtype: str = "float32", mesh: Mesh | None = None) -> Policy:
-    """The policy in a local Hugging Face folder; the network is never asked.
 
-    mesh: None for the first device.  Raises, in one line, FileNotFoundError for an absent folder
-    or file, and CheckpointError for one that cannot be read or does not fit the others.
+def load_policy(
+    path_or_hub_id: str | Path, dtype: str = "float32", mesh: Mesh | None = None
+) -> Policy:
+    """The policy in a local folder, or of the hub's `org/name[@revision]`.
+
+    A folder holds a Hugging Face model, or one of the official Flax checkpoints of Gemma.
+    dtype: of the parameters, whatever is stored.  mesh: None for the first device.  Raises, in one
+    line, FileNotFoundError for an absent folder or file, and CheckpointError for one that cannot be
+    read or does not fit the others.
     """
-    path = Path(path).expanduser()
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path}: no such folder; expected a local Hugging Face model")
-    raw = _read_json(path / "config.json")
+    _dtype(dtype)
+    return with_params(describe_policy(path_or_hub_id), dtype, mesh)
+
+
+def with_params(policy: Policy, dtype: str = "float32", mesh: Mesh | None = None) -> Policy:
+    """What `describe_policy` gave, with its parameters read; raises what `load_policy` raises."""
+    kind, folder = jnp.dtype(_dtype(dtype)), policy.source
+    if folder is None:
+        raise ValueError("policy: made from scratch; expected one that was read from a folder")
+    if gemma_flax.weights_folder(folder) is not None:
+        params = gemma_flax.read_params(folder, policy.config, mesh, kind)
+    else:
+        params = read_params(folder, policy.config, mesh, kind)
+    return dataclasses.replace(policy, params=params)
+
+
+def describe_policy(path_or_hub_id: str | Path) -> Policy:
+    """The policy that `load_policy` would give, without its parameters; raises what that raises."""
+    folder = find_model(path_or_hub_id)
+    if gemma_flax.weights_folder(folder) is not None:
+        config, tokenizer, ids = gemma_flax.describe(folder)
+        _check_vocabulary(folder, tokenizer, config)
+        return Policy(config, {}, tokenizer, dict(ids), dict(ids), source=folder)
+    refuse_foreign(folder)
+    raw = _read_json(folder / "config.json")
     try:
         config = from_hf(raw)
     except ValueError as error:
-        raise CheckpointError(f"{path / 'config.json'}: {error}") from None
-    tokenizer = _read_tokenizer(path, config)
-    generation = path / "generation_config.json"
+        raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
+    generation = folder / "generation_config.json"
     return Policy(
         config=config,
-        params=read_params(path, config, mesh, jnp.dtype(_dtype(dtype))),
-        tokenizer=tokenizer,
+        params={},
+        tokenizer=_read_tokenizer(folder, config),
         hf_config=raw,
         generation_config=_read_json(generation) if generation.exists() else None,
+        source=folder,
     )
 
 
@@ -161,13 +221,17 @@ def _read_tokenizer(path: Path, config: ModelConfig) -> Any:
     except Exception as error:  # the library raises all kinds, OSError to bare Exception
         line = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{path}: tokenizer cannot be read: {line}") from None
+    _check_vocabulary(path, tokenizer, config)
+    return tokenizer
+
+
+def _check_vocabulary(path: Path, tokenizer: Any, config: ModelConfig) -> None:
     highest = max(tokenizer.get_vocab().values(), default=-1)
     if highest >= config.vocab_size:
         raise CheckpointError(
             f"{path}: the tokenizer has ids up to {highest}, the model a vocabulary of "
             f"{config.vocab_size}; expected ids below it"
         )
-    return tokenizer
 
 
 def _dtype(name: str) -> str:
@@ -181,6 +245,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path}: missing")
     try:
         value = json.loads(path.read_text())
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise CheckpointError(f"{path}: not JSON: {error}") from None
     if not isinstance(value, dict):

@@ -68,14 +68,14 @@ class Context:
     def start(self) -> Policy:
         """The policy before any training: from `model.path`, or fresh with a trained tokenizer."""
         m = self.config.model
-        folder = Path(m.path) if m.path else self.directory / "start" / "model"
+        folder = self.directory / "start" / "model"
         if not m.path:
             # A folder there is whole, for `save` renames it into place.
             stage(
                 folder.parent,
                 lambda _: None if folder.exists() else {"model": self._fresh().save(folder).name},
             )
-        return load_policy(folder, m.param_dtype, self.mesh)
+        return load_policy(m.path or folder, m.param_dtype, self.mesh)
 
     def _fresh(self) -> Policy:
         from mdpo_jax.data.vocabulary import train_tokenizer

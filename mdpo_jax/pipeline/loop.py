@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from mdpo_jax.config import Config, ConfigError
-from mdpo_jax.model import lora
 from mdpo_jax.pipeline import stages
 from mdpo_jax.pipeline.context import Context
 from mdpo_jax.pipeline.evaluation import Advance, correct, evaluate
 from mdpo_jax.pipeline.files import DONE, RESULTS, open_run, read_json, stage, write_json
-from mdpo_jax.pipeline.parameters import Adapters
 from mdpo_jax.reporting.console import progress
 from mdpo_jax.reporting.metrics import paired_interval
 
@@ -181,43 +178,3 @@ def _timed(context: Context, what: str, total: int | None) -> Iterator[Advance]:
         line = f"{what}\t{done}\t{time.monotonic() - start:.1f} s\n"
         with open(context.directory / "times.tsv", "a", encoding="utf-8") as log:
             log.write(line)
-
-
-def export(config: Config, iteration: int, out: Path, peft: bool = False) -> Path:
-    """A stage's policy as a Hugging Face folder, an adapter merged; with `peft` the adapter alone.
-
-    Raises FileExistsError rather than overwrite, and ConfigError if there is no adapter.
-    """
-    if not 0 <= iteration <= config.iterations:
-        raise ConfigError(f"--iteration={iteration}: expected 0 (SFT) to {config.iterations}")
-    context = Context(config, config.directory)
-    folder = "sft" if iteration == 0 else f"iteration-{iteration}/train"
-    path = config.directory / folder / stages.PARAMS
-    if peft:
-        return _export_adapter(context, path, out)
-    return context.policy(context.load(path)).save(out)
-
-
-def _export_adapter(context: Context, path: Path, out: Path) -> Path:
-    """A PEFT folder that names its base: `model.path`, or `DIR/base`, a fresh model's warm-up."""
-    kept = context.parameters
-    if not isinstance(kept, Adapters):
-        raise ConfigError("config.lora.rank=0: every weight was trained; expected a LoRA run")
-    if not kept.source and path == kept.warm:
-        raise ConfigError(
-            f"{path}: is the base of the run's adapters; expected an iteration from 1"
-        )
-    adapters, base = kept.trainable(path)
-    folder = Path(kept.source).expanduser() if kept.source else context.directory / "base"
-    if not folder.exists():
-        context.policy(base).save(folder)
-    return lora.write_peft(out, adapters, kept.config, kept.adapter, str(folder.absolute()))
-
-
-def export_chosen(config: Config, results: dict[str, Any]) -> Path:
-    """The chosen checkpoint in `DIR/export`, made once."""
-    out = config.directory / "export"
-    if not out.exists():
-        shutil.rmtree(out.with_name("export.partial"), ignore_errors=True)
-        export(config, results["chosen_iteration"], out)
-    return out

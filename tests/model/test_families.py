@@ -6,11 +6,10 @@ from mdpo_jax.model.families import (
     ModelConfig,
     Rope,
     count_params,
-    from_hf,
     param_shapes,
-    to_hf,
     weight_map,
 )
+from mdpo_jax.model.hf_config import from_hf, to_hf
 
 GEMMA_7B = {
     "architectures": ["GemmaForCausalLM"],

@@ -7,8 +7,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from mdpo_jax.model.sharding import make_mesh, param_shardings
-from mdpo_jax.model.weights import INDEX, SINGLE, CheckpointError, read_params, write_params
+from mdpo_jax.model.families import FAMILIES, ModelConfig, weight_map
+from mdpo_jax.model.sharding import RULES, make_mesh, param_shardings
+from mdpo_jax.model.weights import (
+    INDEX,
+    SINGLE,
+    CheckpointError,
+    read_params,
+    stored_dtypes,
+    write_params,
+)
 
 
 def _same(a, b):
@@ -28,6 +36,12 @@ def _spoil(folder, name, change):
     tensors = load_file(file)
     tensors[name] = change(tensors[name])
     save_file(tensors, file, metadata={"format": "pt"})
+
+
+def _add(folder, name):
+    """Another tensor, in its own shard."""
+    save_file({name: np.zeros(3, np.float32)}, folder / "more.safetensors")
+    _edit_index(folder, lambda m: m.update({name: "more.safetensors"}))
 
 
 def test_shards_round_trip_bit_equal(folder, config, params):
@@ -63,17 +77,27 @@ def test_each_shard_reads_only_its_slice(folder, config, monkeypatch):
     """Over fsdp=4, no read is longer than a quarter of a matrix."""
     from mdpo_jax.model import weights
 
-    sizes, real = [], weights._read
+    sizes, real = [], weights._part
 
     def spy(weight, tensor, spans, config):
-        part = real(weight, tensor, spans, config)
+        part, turned = real(weight, tensor, spans, config)
         if "norm" not in weight.path:
             sizes.append(part.size / np.prod(weight.stored_shape(config)))
-        return part
+        return part, turned
 
-    monkeypatch.setattr(weights, "_read", spy)
+    monkeypatch.setattr(weights, "_part", spy)
     read_params(folder, config, make_mesh(fsdp=4))
     assert set(sizes) == {0.25}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_our_layout_is_the_stored_one_or_its_transpose(family):
+    """What reading by blocks relies on, and that inner axes are never split."""
+    for w in weight_map(ModelConfig(family, 8, 8, 8, 1, 2, 2, 4, tied=False)):
+        flat = [axis for group in w.groups for axis in group]
+        turned = [axis for group in w.groups[::-1] for axis in group]
+        assert w.axes.split() in (flat, turned), w
+        assert not {axis for _, *rest in w.groups for axis in rest} & set(RULES), w
 
 
 def test_loaded_parameters_may_be_donated(folder, config, params):
@@ -137,7 +161,7 @@ CASES = {
         [QUERY, "not in its shard"],
     ),
     "unknown tensor": (
-        lambda f: _edit_index(f, lambda m: m.update({"model.layers.9.x": m[QUERY]})),
+        lambda f: _add(f, "model.layers.9.x"),
         ["model.layers.9.x", "another model"],
     ),
     "truncated": (_truncate, ["00002-of-", "truncated or corrupt"]),
@@ -187,3 +211,35 @@ def test_parameters_of_another_shape_are_not_written(tmp_path, config, params):
     wrong = {**params, "final_norm": {"weight": jnp.zeros(31)}}
     with pytest.raises(ValueError, match=r"final_norm/weight: shape \[31\]; expected \[32\]"):
         write_params(tmp_path, wrong, config, "float32")
+
+
+def test_multimodal_names_of_both_dialects_and_what_is_beside_the_text(
+    tmp_path, config, params, caplog
+):
+    write_params(tmp_path, params, config, "float32")
+    plain = load_file(tmp_path / SINGLE)
+    other = {"vision_tower.a": np.ones(2, np.int8), "multi_modal_projector.b": np.ones(2, "f4")}
+    for text, beside in (("language_model.model.", ""), ("model.language_model.", "model.")):
+        named = {text + name.removeprefix("model."): x for name, x in plain.items()}
+        named["lm_head.weight"] = plain["model.embed_tokens.weight"]
+        save_file(named | {beside + name: x for name, x in other.items()}, tmp_path / SINGLE)
+        caplog.clear()
+        assert _same(read_params(tmp_path, config), params)
+        [record] = caplog.records
+        assert "text half of a multimodal model; 2 tensors ignored" in record.getMessage()
+
+
+def test_each_tensor_keeps_a_type_of_its_own(tmp_path, config, params):
+    write_params(tmp_path, params, config, "bfloat16")
+    mixed = stored_dtypes(tmp_path) | {QUERY: np.dtype("f4"), "model.norm.weight": np.dtype("f8")}
+    half = read_params(tmp_path, config)
+    write_params(tmp_path, half, config, mixed)
+    assert stored_dtypes(tmp_path) == mixed
+    assert _same(read_params(tmp_path, config), half)
+
+
+def test_a_value_that_the_wanted_type_cannot_hold_is_found(folder, config):
+    _spoil(folder, QUERY, _poison(1e5))
+    read_params(folder, config, dtype=jnp.bfloat16)
+    with pytest.raises(CheckpointError, match=f"{QUERY}: NaN or infinite as float16"):
+        read_params(folder, config, dtype=jnp.float16)

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdpo_jax.model import transformer
-from mdpo_jax.model.families import count_params, from_hf
+from mdpo_jax.model.families import count_params
+from mdpo_jax.model.hf_config import from_hf
 from mdpo_jax.model.weights import read_params
 
 

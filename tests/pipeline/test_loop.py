@@ -136,6 +136,34 @@ def test_export_writes_a_folder_and_never_twice(finished, tmp_path, capsys):
     assert "not a run directory" in capsys.readouterr().err
 
 
+def test_export_of_a_step_and_what_its_card_says(finished, tmp_path, capsys):
+    import huggingface_hub
+
+    for source in ("iteration-2", "iteration-2/train", "iteration-2/train/params"):
+        out = tmp_path / source.replace("/", "-")
+        flags = ["--checkpoint", str(finished / source), "--out", str(out), "--dtype", "bfloat16"]
+        assert export.main(flags) == 0
+        assert "iteration-2/train/params of" in capsys.readouterr().out
+    card = (out / "README.md").read_text()
+    front = huggingface_hub.metadata_load(out / "README.md")
+    assert "mdpo_jax" in front["tags"]
+    assert not {"license", "base_model"} & front.keys()
+    for words in ("iteration 2 of mdpo", "| `train.eta` | `1.0` |", "| test | SFT |", "2409.02392"):
+        assert words in card
+    [command] = [line for line in card.splitlines() if line.startswith("python -m mdpo_jax.train")]
+    again = parse(command.split()[3:])
+    assert again.as_dict() | {"workdir": ""} == files.read_json(finished / "config.json")
+    assert str(finished) not in card
+    wrong = [
+        "--checkpoint",
+        str(finished / "iteration-2" / "rollout"),
+        "--out",
+        str(tmp_path / "x"),
+    ]
+    assert export.main(wrong) == 2
+    assert "no parameters here; expected params or train/params" in capsys.readouterr().err
+
+
 def test_evaluate_reads_what_is_done_and_makes_what_is_not(finished, capsys):
     results = json.loads((finished / "results.json").read_text())
     assert evaluate.main(["--checkpoint", str(finished), "--iteration", "2"]) == 0

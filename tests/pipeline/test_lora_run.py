@@ -186,4 +186,4 @@ def test_what_cannot_be_exported_is_refused_in_one_line(finished, tmp_path, caps
     assert export.main([*run, "--peft", *out]) == 2
     assert "every weight was trained; expected a LoRA run" in capsys.readouterr().err
     assert export.main([*run, "--merge-lora", *out]) == 2
-    assert "leave it out" in capsys.readouterr().err
+    assert "expected a LoRA run" in capsys.readouterr().err

@@ -168,7 +168,7 @@ def _on_mesh(local: Local, q_BTHK, k_BSGK, v_BSGK, segments_BT) -> jax.Array:
     if mesh.empty or mesh.size == 1:
         return local(q_BTHK, k_BSGK, v_BSGK, segments_BT)
     q_spec = partition(("rows", None, "heads", None), q_BTHK.shape, mesh)
-    if q_spec[2] is not None:
+    if len(q_spec) > 2:  # the heads are sharded
         kv_heads, ways = k_BSGK.shape[2], math.prod(mesh.shape[name] for name in RULES["heads"])
         repeats = math.lcm(kv_heads, ways) // kv_heads
         k_BSGK, v_BSGK = _repeat_heads(k_BSGK, repeats), _repeat_heads(v_BSGK, repeats)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mdpo_jax.objectives import mdpo_loss, nll_loss, token_log_probs
+from mdpo_jax.objectives import mdpo_loss, token_log_probs
 
 
 def by_hand(chosen, rejected, eta, smoothing=0.0, margin=0.0):
@@ -48,18 +48,95 @@ def test_weights_make_shares_add_up():
     assert margin == pytest.approx(float(metrics["rewards/margins"]), rel=1e-5)
 
 
-def test_gradient_equals_finite_differences():
-    chosen, rejected = np.array([1.0, -2.0]), np.array([0.5, 1.0])
-    gradient = jax.grad(lambda c: mdpo_loss(c, rejected, eta=0.7)[0])(jnp.asarray(chosen))
-    for i in range(2):
-        step = np.zeros(2)
-        step[i] = 1e-5
-        slope = by_hand(chosen + step, rejected, 0.7) - by_hand(chosen - step, rejected, 0.7)
-        assert float(gradient[i]) == pytest.approx(slope / 2e-5, rel=1e-4)
+def kind_by_hand(kind, chosen, rejected, eta, smoothing, margin, lengths):
+    """TRL's definitions, a pair at a time."""
+    total = 0.0
+    for w, lose, m, n_w, n_l in zip(chosen, rejected, margin, *lengths, strict=True):
+        z = eta * (w / n_w - lose / n_l) - m
+        good, bad = -np.log1p(np.exp(-z)), -np.log1p(np.exp(z))
+        total += {
+            "sigmoid": -(1 - smoothing) * good - smoothing * bad,
+            "robust": (-(1 - smoothing) * good + smoothing * bad) / (1 - 2 * smoothing),
+            "hinge": max(0.0, 1 - z),
+            "ipo": (w / n_w - lose / n_l - m / eta - 1 / (2 * eta)) ** 2,
+        }[kind]
+    return total / len(chosen)
 
 
-def test_nll_is_the_mean_of_token_means():
-    assert float(nll_loss(np.array([-4.0, -9.0]), np.array([2.0, 3.0]))) == pytest.approx(2.5)
+KINDS = [("sigmoid", 0.0), ("sigmoid", 0.2), ("robust", 0.0), ("robust", 0.2), ("hinge", 0.0)]
+KINDS += [("ipo", 0.0)]
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+@pytest.mark.parametrize(("kind", "smoothing"), KINDS)
+def test_every_kind_equals_its_formula_and_its_slopes(kind, smoothing, normalised):
+    rng = np.random.default_rng(3)
+    chosen, rejected = rng.normal(size=(2, 6)) * 4
+    margin = rng.normal(size=6)
+    lengths = rng.integers(1, 9, (2, 6)).astype(float) if normalised else np.ones((2, 6))
+    options = {"eta": 0.3, "kind": kind, "label_smoothing": smoothing, "margin": margin}
+    if normalised:
+        options["lengths"] = tuple(lengths)
+    reference = (kind, chosen, rejected, 0.3, smoothing, margin, lengths)
+    with jax.enable_x64(True):
+        value, slopes = jax.value_and_grad(lambda both: mdpo_loss(both[0], both[1], **options)[0])(
+            jnp.stack([chosen, rejected])
+        )
+    assert value.dtype == np.float64
+    assert float(value) == pytest.approx(kind_by_hand(*reference), rel=1e-12)
+    for place in np.ndindex(2, 6):
+        shifted = []
+        for step in (1e-5, -1e-5):
+            both = np.stack([chosen, rejected])
+            both[place] += step
+            shifted.append(kind_by_hand(kind, *both, *reference[3:]))
+        assert slopes[place] == pytest.approx((shifted[0] - shifted[1]) / 2e-5, abs=1e-8)
+
+
+def test_the_default_is_bit_equal_to_the_plain_expression():
+    rng = np.random.default_rng(4)
+    chosen, rejected = (rng.normal(size=(2, 33)) * 30).astype(np.float32)
+    loss, _ = mdpo_loss(chosen, rejected, eta=0.1)
+    z = 0.1 * jnp.asarray(chosen) - 0.1 * jnp.asarray(rejected) - 0.0
+    plain = jnp.sum(
+        jnp.full(33, 1 / 33) * (-(1 - 0.0) * jax.nn.log_sigmoid(z) - 0.0 * jax.nn.log_sigmoid(-z))
+    )
+    assert float(loss) == float(plain)
+    # Compiled, only the order of the sum may differ.
+    compiled = jax.jit(mdpo_loss, static_argnames=("eta", "kind"))(chosen, rejected, eta=0.1)[0]
+    assert float(compiled) == pytest.approx(float(plain), rel=1e-6)
+
+
+def test_metrics_are_those_of_sums_whatever_the_kind():
+    chosen, rejected = np.array([4.0, 1.0, 2.0]), np.array([1.0, 3.0, 2.0])
+    for kind in ("sigmoid", "ipo", "hinge", "robust"):
+        _, metrics = mdpo_loss(
+            chosen, rejected, eta=0.5, kind=kind, lengths=(np.full(3, 2), np.full(3, 4))
+        )
+        assert float(metrics["rewards/chosen"]) == pytest.approx(3.5 / 3)
+        assert float(metrics["rewards/rejected"]) == pytest.approx(1.0)
+        assert float(metrics["rewards/margins"]) == pytest.approx(0.5 / 3)
+        assert float(metrics["rewards/accuracies"]) == pytest.approx(1 / 3)
+
+
+def test_gradients_of_extreme_log_ratios_are_finite():
+    far = np.array([1e4, -1e4], np.float32)
+    for kind in ("sigmoid", "robust", "hinge", "ipo"):
+        gradient = jax.grad(lambda c, kind=kind: mdpo_loss(c, -far, eta=1.0, kind=kind)[0])(far)
+        assert np.all(np.isfinite(gradient))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kind": "slic"}, "kind: 'slic' is none of sigmoid, ipo, hinge, robust"),
+        ({"kind": "hinge", "label_smoothing": 0.1}, "label_smoothing: 0.1 given, but hinge"),
+        ({"kind": "robust", "label_smoothing": 0.5}, "robust takes 0 <= e < 0.5"),
+    ],
+)
+def test_refusals_name_the_field_and_what_is_accepted(options, message):
+    with pytest.raises(ValueError, match=message):
+        mdpo_loss(np.zeros(2), np.zeros(2), eta=0.1, **options)
 
 
 @pytest.mark.parametrize("chunk", [3, 4, 64])

@@ -13,6 +13,11 @@ from collections.abc import Callable, Iterator, Sequence
 from mdpo_jax import recipes
 from mdpo_jax.config import Config, StepZeroError
 
+# A path that was given and cannot be used.
+_INPUT_ERRNOS = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG,
+    errno.ELOOP, errno.ENOTEMPTY,
+)  # fmt: skip
 EXIT_OK, EXIT_FAILED, EXIT_INPUT, EXIT_RESUMABLE = 0, 1, 2, 75
 
 
@@ -41,11 +46,13 @@ def guarded(work: Callable[[], None]) -> int:
         sys.stdout.flush()
     except BrokenPipeError:  # `--help | head`: the reader has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError) as error:
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
         return _said("error", error, EXIT_INPUT)
     except ForkServerError as error:
         return _said("interrupted", error, EXIT_RESUMABLE, "; the same command resumes")
     except OSError as error:
+        if error.errno in _INPUT_ERRNOS:
+            return _said("error", error, EXIT_INPUT)
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         return _said("interrupted", error, EXIT_RESUMABLE, "; with room, the same command resumes")

@@ -5,6 +5,7 @@ import os
 import signal
 
 import pytest
+from support import write_model
 
 from mdpo_jax import train
 from mdpo_jax.config import StepZeroError
@@ -32,6 +33,25 @@ def test_an_error_is_one_line_and_a_code(error, code, words, capsys):
     said = capsys.readouterr().err
     assert words in said
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", ["below a file", "a long name", "a dangling link"])
+def test_a_place_that_cannot_be_written_is_one_line(kind, tmp_path, capsys):
+    from mdpo_jax import export
+
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    write_model(tmp_path / "model")
+    out = {
+        "below a file": tmp_path / "file" / "out",
+        "a long name": tmp_path / ("x" * 300),
+        "a dangling link": tmp_path / "link",
+    }[kind]
+    assert export.main(["--checkpoint", str(tmp_path / "model"), "--out", str(out)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert error[-1].startswith("error: ")
+    assert "Traceback" not in "".join(error)
+    assert not list(tmp_path.glob("*.partial"))
 
 
 def test_an_error_of_ours_keeps_its_traceback():

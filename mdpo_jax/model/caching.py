@@ -1,8 +1,8 @@
 """A layer's cache of keys and values: every token, or a ring of the last window's.
 
     all    slot s holds position s            | 0 1 2 3 4 5 . . |
-    ring   slot s holds the last position     | 8 9 6 7 |           window 4, 10 tokens so far
-           that is s modulo the window
+    ring   slot s holds the last position     | 8 9 6 7 |           4 slots, 10 tokens so far
+           that is s modulo the slots
 
 Keys lie as [R, G, K, S], so that scores read them without a transposition, values as [R, G, S, K].
 Suffixes: R rows, T new tokens, G key heads, K head_dim, S slots.
@@ -49,9 +49,15 @@ class Span:
         return self.lengths[:, None] + jnp.arange(self.width)
 
 
-def init(config: ModelConfig, rows: int, length: int, window: int | None, dtype: Any) -> Layer:
-    """An empty cache of one layer."""
-    slots = length if window is None else min(length, window)
+def init(
+    config: ModelConfig, rows: int, length: int, window: int | None, dtype: Any, slack: int = 0
+) -> Layer:
+    """An empty cache of one layer.
+
+    slack: how many tokens may be taken back, `Span.lengths` being less than what was written; a ring
+    must then still hold the window before them.
+    """
+    slots = length if window is None else min(length, window + slack)
     heads, k = config.num_kv_heads, config.head_dim
     return {
         "keys": jnp.zeros((rows, heads, k, slots), dtype),

@@ -34,6 +34,11 @@ class Rope:
     high_factor: float = 4.0
     original: int = 8192
 
+    def __post_init__(self) -> None:
+        for name in ("theta", "factor"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"rope {name}: {getattr(self, name)}; expected more than 0")
+
 
 @dataclasses.dataclass(frozen=True)
 class LayerKind:
@@ -41,6 +46,10 @@ class LayerKind:
 
     window: int | None = None
     rope: Rope = Rope()
+
+    def __post_init__(self) -> None:
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"sliding_window: {self.window}; expected at least 1, or null")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +92,10 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim: {self.head_dim}; expected an even number, for RoPE")
+        for name in ("query_scale", "attention_cap", "logit_cap", "rms_norm_eps"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}: {value}; expected more than 0")
         if self.layer_kinds and len(self.layer_kinds) != self.num_layers:
             raise ValueError(
                 f"layer_kinds: {len(self.layer_kinds)} of them; expected {self.num_layers}"
@@ -169,13 +182,15 @@ class Family:
 
 
 # Old Gemma configs say "gelu" and mean tanh, 1.1 included.
-_TANH = ("gelu", "gelu_pytorch_tanh")
-_GEMMA: dict[str, Any] = {"activations": _TANH, "unit_offset": True, "scaled_embedding": True}
+_OLD_TANH, _TANH = ("gelu", "gelu_pytorch_tanh"), ("gelu_pytorch_tanh",)
+_GEMMA: dict[str, Any] = {"unit_offset": True, "scaled_embedding": True}
 
 FAMILIES: dict[str, Family] = {
-    "gemma": Family("GemmaForCausalLM", "gemma", **_GEMMA),
-    "gemma2": Family("Gemma2ForCausalLM", "gemma2", **_GEMMA, sandwich=True),
-    "gemma3": Family("Gemma3ForCausalLM", "gemma3_text", **_GEMMA, sandwich=True, qk_norm=True),
+    "gemma": Family("GemmaForCausalLM", "gemma", _OLD_TANH, **_GEMMA),
+    "gemma2": Family("Gemma2ForCausalLM", "gemma2", _TANH, **_GEMMA, sandwich=True),
+    "gemma3": Family(
+        "Gemma3ForCausalLM", "gemma3_text", _TANH, **_GEMMA, sandwich=True, qk_norm=True
+    ),
     "llama": Family("LlamaForCausalLM", "llama"),
     "mistral": Family("MistralForCausalLM", "mistral"),
     "qwen2": Family("Qwen2ForCausalLM", "qwen2", qkv_bias=True),

@@ -35,6 +35,8 @@ def from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     _refuse_unsupported(raw, parsed, FAMILIES[family])
     kinds, layer_kinds = _layers(parsed)
     scalar = getattr(parsed, "query_pre_attn_scalar", None)
+    if scalar is not None and not scalar > 0:
+        raise ValueError(f"query_pre_attn_scalar: {scalar}; expected more than 0")
     return ModelConfig(
         family=family,
         vocab_size=parsed.vocab_size,
@@ -65,6 +67,8 @@ def _family(raw: Mapping[str, Any]) -> str:
     known = {family.architecture: name for name, family in FAMILIES.items()}
     types = {family.model_type: name for name, family in FAMILIES.items()}
     architectures = raw.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(a, str) for a in architectures):
+        raise ValueError(f"architectures: {architectures!r}; expected a list of names")
     if not architectures and raw.get("model_type") in types:
         return types[raw["model_type"]]
     for architecture in architectures:
@@ -101,6 +105,10 @@ def _refuse_unsupported(raw: Mapping[str, Any], parsed: Any, family: Family) -> 
         raise ValueError(f"attention_dropout: {parsed.attention_dropout}; expected 0")
     if getattr(parsed, "use_bidirectional_attention", False):
         raise ValueError("use_bidirectional_attention: true; expected false or null")
+    cap = getattr(parsed, "attn_logit_softcapping", None)
+    if cap is not None and family.model_type != "gemma2":
+        # transformers keeps the field and computes without it.
+        raise ValueError(f"attn_logit_softcapping: {cap}; expected null in {family.model_type}")
 
 
 def _head_dim(parsed: Any) -> int:

@@ -15,8 +15,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from mdpo_jax.model.families import ModelConfig, Weight, axis_sizes, leaf, nest, weight_map
+from mdpo_jax.model.folders import new_folder
 from mdpo_jax.model.sharding import partition
 
 Params = dict[str, Any]
@@ -206,40 +205,35 @@ def _name(path: Any) -> str:
 
 
 def write_peft(
-    path: str | Path, adapters: Params, config: ModelConfig, lora: Lora, base_name: str
-) -> Path:
+    path: str | Path, adapters: Params, config: ModelConfig, lora: Lora, base_name: str,
+    revision: str | None = None,
+) -> Path:  # fmt: skip
     """A folder that `peft.PeftModel.from_pretrained(base, path)` reads; whole or not at all.
 
-    base_name: where PEFT looks for the base.  Raises FileExistsError if the folder exists.
+    base_name, revision: where PEFT looks for the base.  Raises FileExistsError if the folder exists.
     """
-    target = Path(path)
-    if target.exists():
-        raise FileExistsError(f"{target}: exists already; expected a new folder")
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    tensors = {}
-    for where, half in halves(config, lora).items():
-        whole = np.asarray(leaf(adapters, where))
-        for name, layer in zip(half.weight.names(config), whole, strict=True):
-            stored = layer.transpose(half.order).reshape(half.stored)
-            tensors[name] = np.ascontiguousarray(stored)
-    save_file(tensors, partial / TENSORS, metadata={"format": "pt"})
-    text = json.dumps(_peft_config(config, lora, base_name), indent=2) + "\n"
-    (partial / CONFIG).write_text(text)
-    for file in [*partial.iterdir(), partial]:
-        _fsync(file)
-    partial.rename(target)
-    _fsync(target.parent)
-    return target
+    with new_folder(path) as folder:
+        tensors = {}
+        for where, half in halves(config, lora).items():
+            whole = np.asarray(leaf(adapters, where))
+            for name, layer in zip(half.weight.names(config), whole, strict=True):
+                stored = layer.transpose(half.order).reshape(half.stored)
+                tensors[name] = np.ascontiguousarray(stored)
+        save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+        text = json.dumps(_peft_config(config, lora, base_name, revision), indent=2) + "\n"
+        (folder / CONFIG).write_text(text)
+    return Path(path)
 
 
-def _peft_config(config: ModelConfig, lora: Lora, base_name: str) -> dict[str, Any]:
+def _peft_config(
+    config: ModelConfig, lora: Lora, base_name: str, revision: str | None
+) -> dict[str, Any]:
     alpha = int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_name,
+        "revision": revision,
         "r": lora.rank,
         "lora_alpha": alpha,
         "target_modules": list(resolve(config, lora)),
@@ -327,11 +321,3 @@ def _assemble(half: Half, tensors: Params, config: ModelConfig, path: Path, dtyp
         view = stored.reshape([one[axis] for axis in half.order])
         layers.append(view.transpose(np.argsort(half.order)).astype(dtype))
     return np.stack(layers)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

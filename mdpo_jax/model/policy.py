@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from jaxtyping import Array, Float
 
 from mdpo_jax.model import gemma_flax, transformer
 from mdpo_jax.model.families import ModelConfig
+from mdpo_jax.model.folders import new_folder, refuse_existing
 from mdpo_jax.model.hf_config import from_hf, to_hf
 from mdpo_jax.model.hub import find_model
 from mdpo_jax.model.weights import CheckpointError, read_params, refuse_foreign, write_params
@@ -85,20 +85,13 @@ class Policy:
         target, dtype = Path(directory), dtype or self.dtype
         if isinstance(dtype, str):
             _dtype(dtype)
-        if target.exists():
-            raise FileExistsError(f"{target}: exists already; expected a new folder")
-        partial = target.with_name(target.name + ".partial")
-        first = jax.process_index() == 0
-        if first:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        write_params(partial, self.params, self.config, dtype)
-        if first:
-            self._write_beside(partial, dtype, also or {})
-            for path in [*partial.rglob("*"), partial]:
-                _fsync(path)
-            partial.rename(target)
-            _fsync(target.parent)
+        refuse_existing(target)  # in every process, or the others would wait for the first
+        if jax.process_index() == 0:
+            with new_folder(target) as partial:
+                write_params(partial, self.params, self.config, dtype)
+                self._write_beside(partial, dtype, also or {})
+        else:
+            write_params(target, self.params, self.config, dtype)  # takes part in the gathering
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"saved {target}")
         return target
@@ -161,14 +154,22 @@ def describe_policy(path_or_hub_id: str | Path) -> Policy:
     except ValueError as error:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
     generation = folder / "generation_config.json"
+    generation_config = _read_json(generation) if generation.exists() else None
+    _check_eos(generation, (generation_config or {}).get("eos_token_id"))
     return Policy(
         config=config,
         params={},
         tokenizer=_read_tokenizer(folder, config),
         hf_config=raw,
-        generation_config=_read_json(generation) if generation.exists() else None,
+        generation_config=generation_config,
         source=folder,
     )
+
+
+def _check_eos(file: Path, value: Any) -> None:
+    ids = value if isinstance(value, list) else [value]
+    if value is not None and not all(type(x) is int for x in ids):
+        raise CheckpointError(f"{file}: eos_token_id: {value!r}; expected an id or a list of ids")
 
 
 def fingerprint(params: Any) -> str:
@@ -256,11 +257,3 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -59,7 +59,10 @@ def finite(part: np.ndarray, dtype: Any) -> bool:
     Compares bits, of which those of a larger magnitude are the larger integer, NaN's the largest.
     """
     largest = min(float(ml_dtypes.finfo(x).max) for x in (dtype, part.dtype))
-    limit = words(np.array([largest], part.dtype))[0]
+    nearest = np.array([largest], part.dtype)
+    limit = words(nearest)[0]
+    if float(nearest[0]) > largest:  # rounded up: 65504 of float16 is 65536 in bfloat16
+        limit -= 1
     bits = words(part)
     magnitude = bits.dtype.type(np.iinfo(bits.dtype).max >> 1)
     step = max(1, (1 << 19) // max(1, part.shape[1]))

@@ -80,13 +80,18 @@ def read_header(file: Path) -> dict[str, Stored]:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
     except CheckpointError:
         raise
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
         raise _broken(file, f"no header of a safetensors file: {type(error).__name__}") from None
     if stop != size:
         raise _broken(file, f"{size} bytes, its header says {stop}")
     for tensor, (start, end) in zip(tensors.values(), spans, strict=True):
         if start < 0 or (tensor.dtype in FLOATS and end - start != tensor.nbytes):
             raise _broken(file, f"tensor {tensor.name} lies at {start} to {end}")
+    place = 0
+    for start, end in sorted(map(tuple, spans)):
+        if start != place:
+            raise _broken(file, f"tensors overlap or leave a gap at {min(start, place)}")
+        place = end
     return tensors
 
 

@@ -393,10 +393,15 @@ def stack(params: Params) -> Params:
     return {**{k: v for k, v in params.items() if k not in names}, "layers": layers}
 
 
-def init_cache(config: ModelConfig, rows: int, length: int, dtype: Any = jnp.float32) -> Cache:
-    """An empty cache for `length` tokens a row; layers with a window shorter than that hold one."""
+def init_cache(
+    config: ModelConfig, rows: int, length: int, dtype: Any = jnp.float32, slack: int = 0
+) -> Cache:
+    """An empty cache for `length` tokens a row; layers with a window shorter than that hold one.
+
+    slack: how many of a row's last tokens `extend` may be told to forget.
+    """
     return tuple(
-        caching.init(config, rows, length, config.kind(layer).window, dtype)
+        caching.init(config, rows, length, config.kind(layer).window, dtype, slack)
         for layer in range(config.num_layers)
     )
 

@@ -8,6 +8,7 @@ Reading, each device's shard takes only its own slice of each stored tensor, one
 
 from __future__ import annotations
 
+import collections
 import functools
 import json
 import logging
@@ -44,7 +45,8 @@ _log = logging.getLogger(__name__)
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 # What a checkpoint may hold beside the weights: the tied head, and old rotary tables.
-IGNORED = ("lm_head.weight", "rotary_emb.inv_freq")
+HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
+IGNORED = (HEAD, "rotary_emb.inv_freq")
 # How multimodal checkpoints name their text half, in transformers 4 and 5, and what is beside it.
 _TEXT = (("language_model.model.", "model."), ("model.language_model.", "model."))
 _TEXT_HEAD = ("language_model.lm_head.", "lm_head.")
@@ -80,8 +82,26 @@ def read_params(
     for w in weight_map(config):
         for name in w.names(config):
             _check_tensor(where[name], w.stored_shape(config))
+    if config.tied and HEAD in where:
+        _check_tied(where[HEAD], where[TABLE])
     with ThreadPoolExecutor() as pool:
         return assemble(config, mesh, dtype, _Reader(where, config, mesh, dtype, pool))
+
+
+def _check_tied(head: Stored, table: Stored) -> None:
+    """CheckpointError for a head of its own in a model whose config says that it has none.
+
+    transformers 4 drops such a head, 5 keeps it.
+    """
+    same = head.shape == table.shape and head.dtype == table.dtype
+    if same:
+        a, b = head.map().view(np.uint8), table.map().view(np.uint8)
+        same = all(np.array_equal(a[i : i + 4096], b[i : i + 4096]) for i in range(0, len(a), 4096))
+    if not same:
+        raise CheckpointError(
+            f"tensor {HEAD}: differs from the embedding though tie_word_embeddings is true; expected "
+            "the same, or false in config.json"
+        )
 
 
 def stored_dtypes(path: str | Path) -> dict[str, np.dtype]:
@@ -139,10 +159,10 @@ def _put(stack: jax.Array, part: jax.Array, layer: Any) -> jax.Array:
 def _locate(path: Path) -> dict[str, Stored]:
     """Tensors of the text model by the names that families.py knows."""
     index = path / INDEX
-    if index.exists():
-        found = _by_index(index)
-    elif (path / SINGLE).exists():
+    if (path / SINGLE).exists():  # first, as transformers does
         found = read_header(path / SINGLE)
+    elif index.exists():
+        found = _by_index(index)
     else:
         refuse_foreign(path)
         raise CheckpointError(f"{path}: no weights; expected {SINGLE} or {INDEX}")
@@ -339,8 +359,7 @@ def write_params(
         wanted = [(*sources[name], FLOATS[plan[name][0]]) for name in names]
         tensors = _tensors(params, config, wanted, pool)
         if jax.process_index():
-            for _ in tensors:  # takes part in the gathering
-                pass
+            collections.deque(tensors, maxlen=0)  # takes part in the gathering
             return
         for file, inside in split.filename_to_tensors.items():
             write_file(path / file, {name: plan[name] for name in inside}, tensors)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from mdpo_jax import recipes
-from mdpo_jax.config import Config, ConfigError
+from mdpo_jax.config import Config, ConfigError, Mesh
 from mdpo_jax.model import gemma_flax, hub, lora, sharding, weights
 from mdpo_jax.model.families import ModelConfig, nest, weight_map
 from mdpo_jax.model.policy import DTYPES, Policy, describe_policy, with_params
@@ -145,7 +145,7 @@ def export_step(step: Step, out: Path, dtype: str | None = None) -> Path:
     base = config.model.path or step.run / "start" / "model"
     described = describe_policy(base)
     if config.lora.rank:
-        context = Context(config, step.run)
+        context = _context(config, step.run)
         params = context.policy(context.load(step.folder)).params
     else:
         like = _abstract(described.config, config.model.param_dtype)
@@ -163,7 +163,7 @@ def export_adapter(step: Step, out: Path, dtype: str | None = None) -> Path:
     """
     if dtype is not None:
         raise ConfigError(f"--dtype={dtype}: an adapter is kept as float32; leave it out")
-    context = Context(files.read_config(step.run), step.run)
+    context = _context(files.read_config(step.run), step.run)
     kept = context.parameters
     assert isinstance(kept, Adapters)
     if not kept.source and step.folder == kept.warm.absolute():
@@ -174,8 +174,15 @@ def export_adapter(step: Step, out: Path, dtype: str | None = None) -> Path:
     folder = Path(kept.source).expanduser() if kept.source else step.run / "base"
     if not folder.exists() and not kept.source:
         context.policy(base).save(folder)
-    named = str(folder.absolute()) if folder.exists() else str(kept.source)
-    return lora.write_peft(out, adapters, kept.config, kept.adapter, named)
+    named, revision = str(folder.absolute()), None
+    if not folder.exists():
+        named, revision = hub.split_id(str(kept.source)) or (str(kept.source), None)
+    return lora.write_peft(out, adapters, kept.config, kept.adapter, named, revision)
+
+
+def _context(config: Config, run: Path) -> Context:
+    """On the devices at hand, which need not be those of the training."""
+    return Context(dataclasses.replace(config, mesh=Mesh()), run)
 
 
 def export_model(source: str, out: Path, dtype: str | None = None) -> Path:

@@ -107,7 +107,7 @@ def _front_matter(card: Card) -> str:
         base_model=card.base,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=list(TAGS),
+        tags=list(TAGS) if card.recipe else None,
         **base_licence(card.source),
     ).to_yaml()
 

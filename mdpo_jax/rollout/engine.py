@@ -18,7 +18,7 @@ import numpy as np
 
 from mdpo_jax.chat import Chat
 from mdpo_jax.environment.tool import Observation, Session, Tool, wants_tool
-from mdpo_jax.rollout.sampler import DecodeState, Sampler
+from mdpo_jax.rollout.sampler import LONGEST_STOP, DecodeState, Sampler
 from mdpo_jax.types import Finish, Problem, Role, Trajectory
 
 _AROUND = 32  # tokens, at most, that a template puts around an observation
@@ -85,6 +85,9 @@ class Engine:
 
     def __init__(self, sampler: Sampler, chat: Chat, tool: Tool, limits: Limits):
         self._sampler, self._chat, self._tool, self._limits = sampler, chat, tool, limits
+        for text in chat.stop_strings:
+            if len(text.encode()) > LONGEST_STOP:
+                raise ValueError(f"stop string {text!r}: expected at most {LONGEST_STOP} bytes")
         self._state: DecodeState | None = None
 
     def run(
@@ -166,8 +169,10 @@ class Engine:
         for index in sorted(running):
             slot, count = running[index], int(block.counts[index])
             slot.act(block.ids[index, :count].tolist(), block.log_probs[index, :count].tolist())
+            # First the stop strings: one may stand before a stop token of the same block.
+            cut = self._stop_string(slot)
             stopped = slot.ids[-1] in self._chat.stop_ids
-            if stopped or self._stop_string(slot) or self._room(slot) < 1:
+            if cut or stopped or self._room(slot) < 1:
                 ended.append(index)
         return state, ended
 

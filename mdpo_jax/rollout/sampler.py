@@ -21,6 +21,8 @@ from jaxtyping import Array, Float, Int
 from mdpo_jax.model import lora, transformer
 from mdpo_jax.model.families import ModelConfig
 
+LONGEST_STOP = 32  # bytes of a stop string, and so tokens
+
 
 class DecodeState(NamedTuple):
     """The device's side of the slots; R slots, V vocabulary.
@@ -52,6 +54,11 @@ class Shapes:
     block: int
     row_buckets: tuple[int, ...]
     width_buckets: tuple[int, ...]
+
+    @property
+    def slack(self) -> int:
+        """Tokens that a stop string takes back at most: a block, and those the string began in."""
+        return self.block + LONGEST_STOP
 
     @classmethod
     def make(cls, slots: int, context: int, block: int) -> Shapes:
@@ -90,7 +97,7 @@ class Sampler:
         """Empty slots."""
         s = self.shapes
         return DecodeState(
-            transformer.init_cache(self.config, s.slots, s.context, self._dtype),
+            transformer.init_cache(self.config, s.slots, s.context, self._dtype, s.slack),
             jnp.zeros((s.slots, self.config.vocab_size), jnp.float32),
             jnp.zeros(s.slots, jnp.int32),
             jax.random.split(jax.random.key(0), s.slots),

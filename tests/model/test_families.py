@@ -200,6 +200,28 @@ def test_what_we_do_not_compute_is_refused_by_name(change, words):
     assert all(word in message for word in words), message
 
 
+GEMMA2, GEMMA3 = PUBLISHED["gemma-2-9b-it"][1], PUBLISHED["gemma-3-4b-it"][1]["text_config"]
+
+
+@pytest.mark.parametrize(
+    ("raw", "change", "words"),
+    [
+        (GEMMA2, {"hidden_activation": "gelu"}, ["hidden_act", "'gelu'"]),
+        (GEMMA2, {"sliding_window": 0}, ["sliding_window", "at least 1"]),
+        (GEMMA2, {"final_logit_softcapping": 0.0}, ["logit_cap", "more than 0"]),
+        (GEMMA2, {"query_pre_attn_scalar": 0}, ["query_pre_attn_scalar", "more than 0"]),
+        (GEMMA3, {"attn_logit_softcapping": 50.0}, ["attn_logit_softcapping", "expected null"]),
+        (GEMMA_7B, {"rope_theta": 0.0}, ["rope theta", "more than 0"]),
+        (GEMMA_7B, {"architectures": [5]}, ["architectures", "list of names"]),
+        (GEMMA_7B, {"architectures": "GemmaForCausalLM"}, ["architectures", "list of names"]),
+    ],
+)
+def test_what_would_be_computed_otherwise_elsewhere_is_refused(raw, change, words):
+    with pytest.raises(ValueError, match=words[0]) as caught:
+        from_hf(raw | change)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
 def test_unknown_family_is_refused():
     with pytest.raises(ValueError, match="'gemmma'; known: gemma"):
         ModelConfig("gemmma", 64, 32, 48, 2, 4, 2, 16)

@@ -63,6 +63,27 @@ def test_rings_give_what_the_full_forward_gives(windowed, ids):
         np.testing.assert_allclose(row, expected, atol=2e-5)
 
 
+def test_a_ring_with_slack_forgets_its_last_tokens(windowed, ids):
+    """Tokens taken back, as a stop string does, have not cost the window before them."""
+    config, params = windowed
+    tokens, junk = ids(1, 20), ids(1, 5, seed=9)
+    apart, slack = unstack(params), 5
+    cache = init_cache(config, 1, 24, slack=slack)
+
+    def run(cache, row, length):
+        new = np.full(1, row.shape[1], np.int32)
+        return _extend(config, apart, cache, row, np.full(1, length, np.int32), new)
+
+    _, cache = run(cache, tokens[:, :13], 0)
+    for i in range(5):
+        _, cache = run(cache, junk[:, i : i + 1], 13 + i)
+    found, cache = run(cache, tokens[:, 13:16], 13)
+    one, cache = run(cache, tokens[:, 16:17], 16)
+    whole = _whole(config, params, tokens)[0]
+    np.testing.assert_allclose(found[0], whole[13:16], atol=2e-5)
+    np.testing.assert_allclose(one[0], whole[16:17], atol=2e-5)
+
+
 def test_a_layer_with_a_window_holds_a_window(windowed):
     config, _ = windowed
     cache = init_cache(config, 3, 24)

@@ -151,3 +151,16 @@ def test_stop_strings_cut_at_a_tokens_edge(monkeypatch):
     for t in e.run(requests(1), policy="x", temperature=1.0):
         action = t.ids[t.actions[0]]
         assert "a" not in chat().decode(action[:-1])
+
+
+def test_what_a_stop_string_cuts_does_not_depend_on_the_blocks(monkeypatch):
+    """In a block of 12 a stop token may stand behind the string; in blocks of 1 it never does."""
+    # Several stop tokens, so that turns often end by one of them behind the string.
+    stops = (*chat().stop_ids, *range(40, 140))
+    monkeypatch.setattr(chat(), "stop_strings", ("e",))
+    monkeypatch.setattr(chat(), "stop_ids", stops)
+    found = []
+    for block in (1, 12):
+        e, _ = engine(block=block)
+        found.append([t.ids.tolist() for t in e.run(requests(), policy="x", temperature=1.0)])
+    assert found[0] == found[1]

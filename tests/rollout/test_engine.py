@@ -155,12 +155,14 @@ def test_stop_strings_cut_at_a_tokens_edge(monkeypatch):
 
 def test_what_a_stop_string_cuts_does_not_depend_on_the_blocks(monkeypatch):
     """In a block of 12 a stop token may stand behind the string; in blocks of 1 it never does."""
-    # Several stop tokens, so that turns often end by one of them behind the string.
-    stops = (*chat().stop_ids, *range(40, 140))
-    monkeypatch.setattr(chat(), "stop_strings", ("e",))
+    # Many of both, so that turns often end by a stop token behind a stop string.
+    stops = (*chat().stop_ids, *range(40, 100))
+    monkeypatch.setattr(chat(), "stop_strings", tuple("aeiourst"))
     monkeypatch.setattr(chat(), "stop_ids", stops)
     found = []
     for block in (1, 12):
         e, _ = engine(block=block)
         found.append([t.ids.tolist() for t in e.run(requests(), policy="x", temperature=1.0)])
     assert found[0] == found[1]
+    cut = [ids for ids in found[0] if ids[-1] not in stops]
+    assert 0 < len(cut) < len(found[0])

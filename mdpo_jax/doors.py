@@ -68,8 +68,11 @@ def guarded(work: Callable[[], None]) -> int:
 def interrupts_held() -> Iterator[None]:
     """Ctrl-C waits until the block ends: raised inside an import it may be swallowed or torn."""
     came: list[int] = []
-    held = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGINT, lambda *_: came.append(1)) if held else None
+    before = signal.getsignal(signal.SIGINT)
+    # Not where nobody's Ctrl-C arrives: another thread, or a job that a shell put in the background.
+    held = threading.current_thread() is threading.main_thread() and before is not signal.SIG_IGN
+    if held:
+        signal.signal(signal.SIGINT, lambda *_: came.append(1))
     try:
         yield
     finally:

@@ -59,7 +59,15 @@ def test_an_error_of_ours_keeps_its_traceback():
         guarded(_raise(KeyError("x")))
 
 
-def test_an_interrupt_waits_for_the_end_of_the_imports():
+@pytest.fixture
+def interruptible():
+    """The default handler, which a background job of a shell has not got."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_waits_for_the_end_of_the_imports(interruptible):
     seen = []
 
     def work():

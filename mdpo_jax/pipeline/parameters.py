@@ -45,7 +45,8 @@ class Parameters:
 
     def whole(self, params: Any, base: Any) -> Any:
         """Of a `Trainable`, parameters that the model takes."""
-        return params if base is None else self._combined(params, base)
+        del base
+        return params
 
     def load(self, path: Path) -> Any:
         """Parameters that the model takes, from a stage's folder."""
@@ -55,9 +56,6 @@ class Parameters:
         """Keep a `Trainable`: of an adapter its own leaves, and which base they belong to."""
         del base
         checkpoint.save_params(path, params)
-
-    def _combined(self, params: Any, base: Any) -> Any:
-        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,8 +120,8 @@ class Adapters(Parameters):
     def _over(self, base: Any) -> Trainable:
         return copy_params(self._new), base
 
-    def _combined(self, params: Any, base: Any) -> Any:
-        return lora.combine(base, params, self.adapter)
+    def whole(self, params: Any, base: Any) -> Any:
+        return params if base is None else lora.combine(base, params, self.adapter)
 
 
 def _note(path: Path) -> Path:

@@ -24,7 +24,7 @@ from mdpo_jax.reporting.card import Card, legal_files, model_card
 from mdpo_jax.training import checkpoint
 
 # Copied as they are: writing them anew may change spellings that other readers depend on.
-TOKENIZER_FILES = (
+TOKENIZER_COPIES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt",
 )  # fmt: skip
@@ -244,7 +244,7 @@ def _also(described: Policy, card: str) -> dict[str, str | Path]:
     """Files beside config and weights: the card, licences, and the tokenizer's as they are."""
     folder = described.source
     assert folder is not None
-    kept = {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
+    kept = {name: folder / name for name in TOKENIZER_COPIES if (folder / name).is_file()}
     return {**kept, **legal_files(folder), "README.md": card}
 
 

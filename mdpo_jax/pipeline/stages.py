@@ -188,7 +188,7 @@ def rollout(
     """
     problems = read_problems(context, f"iteration-{iteration}")
     size = context.config.rollout.chunk_problems
-    first = right = total = 0
+    first, labels, statuses = 0, Counter[str](), Counter[str]()
     for path, count in sources:
         loaded = False
         for start in range(0, len(problems), size) if count else ():
@@ -204,30 +204,25 @@ def rollout(
                     temperature=context.config.rollout.temperature,
                 )  # fmt: skip
                 store.write_lines(target, map(store.graded_row, found))
-            labels = [row["label"] for row in store.read_lines(target)]
-            right, total = right + labels.count("correct"), total + len(labels)
-            advance(len(labels))
+            before = labels.total()
+            for row in store.read_lines(target):
+                labels[row["label"]] += 1
+                statuses.update(row["tool_statuses"])
+            advance(labels.total() - before)
         first += count
+    # These mean that the machine, not the code, may have been slow.
+    lost = statuses["timeout"] + statuses["killed"]
+    if lost:
+        _log.warning(
+            "rollout: %d tool calls of %d timed out or were killed", lost, statuses.total()
+        )
     return {
-        "trajectories": total,
-        "correct": right / max(1, total),
-        "statuses": _statuses(folder),
+        "trajectories": labels.total(),
+        "correct": labels["correct"] / max(1, labels.total()),
+        "statuses": dict(sorted(statuses.items())),
         "compilations": context.sampler.compilations(),
         "compilations_after_warm_up": context.sampler.late_compilations(),
     }
-
-
-def _statuses(folder: Path) -> dict[str, int]:
-    """How many tool calls ended how; some of them mean that the machine, not the code, was slow."""
-    files = sorted(folder.glob("*.jsonl.gz"))
-    rows = (row for file in files for row in store.read_lines(file))
-    counts = dict(sorted(Counter(s for row in rows for s in row["tool_statuses"]).items()))
-    lost = counts.get("timeout", 0) + counts.get("killed", 0)
-    if lost:
-        _log.warning(
-            "rollout: %d tool calls of %d timed out or were killed", lost, sum(counts.values())
-        )
-    return counts
 
 
 def build_pairs(context: Context, folder: Path, iteration: int) -> dict[str, Any]:

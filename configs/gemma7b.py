@@ -41,7 +41,6 @@ def get_config() -> Config:
             batch_pairs=32,
             warmup_steps=40,
             epochs=1,
-            reference="updated",
             rows=16,
             row_length=2048,
         ),

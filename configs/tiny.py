@@ -10,7 +10,7 @@ the tool.
 
 Deviations from the paper, all because the model is tiny and its trajectories are short: eta 1
 (paper: 0.1; at about 30 action tokens a trajectory the log-ratios would otherwise run to 9 nats and
-wear down the copying of numbers), NLL weight 1 (paper: 0), learning rate 2e-4 (1/15 of SFT's),
+wear down the copying of numbers), learning rate 2e-4 (1/15 of SFT's),
 4 pairs a problem (paper: 1), N = 8 as 6 + 2 (paper: 20 + 10), 4 turns of 64 tokens (paper: 6 of
 512), trajectories without a tool call are kept as rejected (they are the habit to unlearn), batches
 of 16 pairs (32) after a warm-up of 5 steps (40), beta2 0.98, the cosine ends at a tenth of its peak.
@@ -68,7 +68,6 @@ def get_config() -> Config:
         pairs=Pairs(per_problem=4, max_tokens=160, require_tool=False),
         train=Train(
             eta=1.0,
-            nll_weight=1.0,
             learning_rate=2e-4,
             batch_pairs=16,
             warmup_steps=5,

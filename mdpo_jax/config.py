@@ -8,9 +8,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import typing
 from pathlib import Path
 from typing import Any, Literal
+
+from mdpo_jax.methods import METHODS, Method, MethodName, inconsistency
 
 # As in chat.py, which is a floor above and has one of these names for each template.
 ChatName = Literal[
@@ -93,6 +94,7 @@ class Problems:
     disjoint sets of `per_iteration` (0: all there are).  dev_path, test_path: files for these
     splits; without them, `dev` and `test` problems are held out of `path` first.
     steps, largest_start, largest_value, noise, mental_scale: the suite's difficulty.
+    fault: probability that the suite's tool prints a wrong number.
     """
 
     path: str | None = None
@@ -106,12 +108,13 @@ class Problems:
     largest_value: int = 999
     noise: float = 0.3
     mental_scale: float = 1.0
+    fault: float = 0.0
 
     def __post_init__(self) -> None:
         _at_least(0 if self.path else 1, "problems", self, "per_iteration")
         _at_least(1, "problems", self, "dev", "test")
         _at_least(9, "problems", self, "largest_start", "largest_value")
-        _share("problems", self, "noise")
+        _share("problems", self, "noise", "fault")
         _require(self.mental_scale >= 0, "problems.mental_scale", self.mental_scale, "at least 0")
         shares = bool(self.steps) and min(self.steps) >= 0 and sum(self.steps) > 0
         _require(shares, "problems.steps", self.steps, "shares of at least 0, not all 0")
@@ -225,16 +228,38 @@ class Pairs:
 class Train:
     """The preference step.  eta is the KL coefficient (beta of DPO).
 
-    reference: `updated` is the policy at the start of the iteration, `fixed` the SFT policy.
+    loss, label_smoothing: of pairs (objectives/mdpo.py).  length_normalised: log-ratios as means
+    over tokens.  turn_discount: DMPO's gamma, which weighs earlier turns more; none weighs all alike.
+    nll_weight: of the NLL term on chosen; none takes the method's.  observation_ce_weight: of the
+    likelihood of tool output, as an auxiliary loss.
+    lambda_correct, lambda_wrong, kl: of KTO, and where its reference point comes from
+    (objectives/mkto.py).
+    reference: `updated` is the policy at the start of the iteration, `fixed` the SFT policy,
+    `mixture` the token-wise mixture of both with weight `mixture` on the SFT policy; `preset` takes
+    the method's.  reference_log_probs: `stored` scores the data once, before training; `in_step`
+    holds the reference beside the policy and scores it in each step.
     start: where an iteration's policy starts.  data: pairs of this iteration, or of all so far.
+    displacement_alarm: warns once when the mean log-ratio of chosen trajectories is below minus so
+    many nats (their own probability falls, while the rejected one's falls faster); 0 never.
     rows x row_length tokens form a micro-batch; a step takes as many as its pairs need.  rows is
     rounded up to what mesh.data x mesh.fsdp divides.
     """
 
     eta: float = 0.1
-    nll_weight: float = 0.0
+    loss: Literal["sigmoid", "ipo", "hinge", "robust"] = "sigmoid"
+    label_smoothing: float = 0.0
+    length_normalised: bool = False
+    turn_discount: float | None = None
+    nll_weight: float | None = None
+    observation_ce_weight: float = 0.0
+    lambda_correct: float = 1.0
+    lambda_wrong: float = 1.0
+    kl: Literal["mismatched", "batch_mean", "zero"] = "mismatched"
     mask: Literal["sampled", "template", "paper"] = "sampled"
-    reference: Literal["updated", "fixed"] = "updated"
+    reference: Literal["preset", "updated", "fixed", "mixture"] = "preset"
+    mixture: float = 0.5
+    reference_log_probs: Literal["stored", "in_step"] = "stored"
+    displacement_alarm: float = 10.0
     start: Literal["previous", "sft"] = "previous"
     data: Literal["current", "all"] = "current"
     learning_rate: float = 4e-7
@@ -252,12 +277,51 @@ class Train:
 
     def __post_init__(self) -> None:
         _above_zero("train", self, "eta", "learning_rate", "clip")
-        _at_least(0, "train", self, "nll_weight", "max_steps", "warmup_steps", "weight_decay")
+        _at_least(0, "train", self, "max_steps", "warmup_steps", "weight_decay")
+        _at_least(0, "train", self, "observation_ce_weight", "displacement_alarm")
+        _above_zero("train", self, "lambda_correct", "lambda_wrong")
+        _share("train", self, "mixture")
+        nll, gamma = self.nll_weight, self.turn_discount
+        _require(nll is None or nll >= 0, "train.nll_weight", nll, "at least 0, or none")
+        right = gamma is None or 0 < gamma <= 1
+        _require(right, "train.turn_discount", gamma, "above 0 and at most 1, or none")
+        self._check_loss()
         _at_least(1, "train", self, "batch_pairs", "epochs", "logprob_chunk")
         # Two rows hold any pair whose sides fit a row each.
         _at_least(2, "train", self, "rows", "row_length")
         _share("train", self, "final_lr_fraction")
         _require(0 <= self.beta2 < 1, "train.beta2", self.beta2, "from 0 to below 1")
+
+    def _check_loss(self) -> None:
+        smoothing, takes = self.label_smoothing, self.loss in ("sigmoid", "robust")
+        _require(0 <= smoothing < 0.5, "train.label_smoothing", smoothing, "from 0 to below 0.5")
+        accepted = f"0 with train.loss={self.loss}, which takes none"
+        _require(takes or smoothing == 0, "train.label_smoothing", smoothing, accepted)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TermC:
+    """The correction of M-DPO for a random tool: term (C) of equation 13 as a margin.
+
+    kind: none; `monte_carlo` samples continuations of the reference, once before training; `value`
+    trains a value head on the policy's trunk beside it.
+    utility: of a right answer, in logits of the preference model (wrong: 0).
+    Monte Carlo: `observations` calls of the tool for each action, `continuations` of each state.
+    Value: `rollouts` unselected trajectories a pair, of which the head learns with weight `weight`
+    and learning rate `learning_rate_scale` times the policy's.
+    """
+
+    kind: Literal["none", "monte_carlo", "value"] = "none"
+    utility: float = 1.0
+    observations: int = 4
+    continuations: int = 4
+    rollouts: int = 2
+    weight: float = 0.1
+    learning_rate_scale: float = 10.0
+
+    def __post_init__(self) -> None:
+        _above_zero("term_c", self, "utility", "weight", "learning_rate_scale")
+        _at_least(1, "term_c", self, "observations", "continuations", "rollouts")
 
 
 # Hugging Face's names of a decoder's projections, in its order.
@@ -336,7 +400,7 @@ class Config:
     name: str
     workdir: str = ""
     seed: int = 0
-    method: Literal["mdpo", "dpo", "raft"] = "mdpo"
+    method: MethodName = "mdpo"
     iterations: int = 3
     model: Model = Model()
     problems: Problems = Problems()
@@ -345,6 +409,7 @@ class Config:
     tool: Tool = Tool()
     pairs: Pairs = Pairs()
     train: Train = Train()
+    term_c: TermC = TermC()
     lora: Lora = Lora()
     raft: Raft = Raft()
     evaluate: Evaluate = Evaluate()
@@ -365,6 +430,26 @@ class Config:
             self.problems.path,
             "a JSONL file of problems",
         )
+        wrong = inconsistency(self.method, self.train, self.term_c, self.sft.steps)
+        if wrong:
+            raise ConfigError(f"config.method={self.method}: {wrong}")
+
+    @property
+    def preset(self) -> Method:
+        """What the method's name fixes."""
+        return METHODS[self.method]
+
+    @property
+    def reference(self) -> str:
+        """updated, fixed or mixture."""
+        chosen = self.train.reference
+        return self.preset.reference if chosen == "preset" else chosen
+
+    @property
+    def nll_weight(self) -> float:
+        """Weight of the NLL term on chosen."""
+        chosen = self.train.nll_weight
+        return self.preset.nll_weight if chosen is None else chosen
 
     @property
     def directory(self) -> Path:
@@ -379,28 +464,3 @@ class Config:
         """Hash of everything that decides the run's results; the run's place is not part of it."""
         fields = {k: v for k, v in self.as_dict().items() if k != "workdir"}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def from_dict(fields: dict[str, Any], kind: Any = Config) -> Any:
-    """The inverse of `Config.as_dict`; raises ConfigError for a field that `kind` has not got."""
-    hints = typing.get_type_hints(kind)
-    values = {}
-    for name, value in fields.items():
-        if name not in hints:
-            raise ConfigError(f"config.{name}: unknown field of {kind.__name__}")
-        if dataclasses.is_dataclass(hints[name]):
-            value = from_dict(value, hints[name])
-        values[name] = tuple(value) if isinstance(value, list) else value
-    return kind(**values)
-
-
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """Dotted names of the fields in which two configurations (as dicts) differ."""
-    out = []
-    for key in sorted(old.keys() | new.keys()):
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            out += differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            out.append(f"{prefix}{key}: {a!r} -> {b!r}")
-    return out

@@ -137,6 +137,31 @@ def describe(config: Any, prefix: str = "--config.") -> list[tuple[str, str, str
     return rows
 
 
+def from_dict(fields: dict[str, Any], kind: Any = Config) -> Any:
+    """The inverse of `Config.as_dict`; raises ConfigError for a field that `kind` has not got."""
+    hints = typing.get_type_hints(kind)
+    values = {}
+    for name, value in fields.items():
+        if name not in hints:
+            raise ConfigError(f"config.{name}: unknown field of {kind.__name__}")
+        if dataclasses.is_dataclass(hints[name]):
+            value = from_dict(value, hints[name])
+        values[name] = tuple(value) if isinstance(value, list) else value
+    return kind(**values)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted names of the fields in which two configurations (as dicts) differ."""
+    out = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            out += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            out.append(f"{prefix}{key}: {a!r} -> {b!r}")
+    return out
+
+
 def _closest(word: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {near[0]!r}?" if near else ""

@@ -28,6 +28,21 @@ class Role(enum.IntEnum):
     TEMPLATE = 3  # what the harness puts around the policy's turns: closing newline, model header
 
 
+class Part(enum.IntEnum):
+    """What a token is to the metrics: actions by their content, the rest by their role."""
+
+    PROMPT = 0
+    TEXT = 1  # of an action, as are the next two
+    CODE = 2  # a closed ```python block, its fences included
+    ANSWER = 3  # from \boxed on, in the last action
+    OBSERVATION = 4
+    TEMPLATE = 5
+
+
+ACTION_PARTS = (Part.TEXT, Part.CODE, Part.ANSWER)
+# Role -> Part of a token where nobody has looked into the actions.
+PART_OF_ROLE = np.array([Part.PROMPT, Part.TEXT, Part.OBSERVATION, Part.TEMPLATE], np.int32)
+
 MaskName = Literal["sampled", "template", "paper"]
 Label = Literal["correct", "wrong", "unknown"]
 Finish = Literal["answered", "no_code", "turn_limit", "token_limit"]
@@ -101,6 +116,13 @@ class Trajectory:
         edges = np.flatnonzero(np.diff(self.roles)) + 1
         starts, ends = [0, *edges.tolist()], [*edges.tolist(), len(self.roles)]
         return [(Role(int(self.roles[a])), slice(a, b)) for a, b in zip(starts, ends, strict=True)]
+
+    @property
+    def turn_numbers(self) -> np.ndarray:
+        """[length] int32: how many actions have begun at each token, itself included; prompt 0."""
+        action = self.roles == Role.ACTION
+        begins = action & ~np.concatenate([[False], action[:-1]])
+        return np.cumsum(begins).astype(np.int32)
 
     def loss_mask(self, name: MaskName = "sampled") -> np.ndarray:
         """[length] bool: which tokens count in the loss, as *targets*.
@@ -185,9 +207,13 @@ class PackedBatch:
     positions  [M R L] int32    position within the sequence
     weights    [M R L] float32  loss weight of the token *as a target*
     reference  [M R L] float32  log-prob of the token under the reference
+    turns      [M R L] int32    turn of the token, from 1; 0 in the prompt
+    parts      [M R L] int32    `Part` of the token
     chosen     [M P]   int32    sequence slot of the right side of each pair
     rejected   [M P]   int32    sequence slot of the wrong side
     pair_mask  [M P]   float32  1 for a pair, 0 for padding
+    margin     [M P]   float32  what is subtracted from a pair's logit
+    correct    [M S]   float32  1 for a right sequence, 0 for a wrong one and padding
     sequence_mask [M S] float32 1 for a sequence, 0 for padding
     """
 
@@ -196,9 +222,13 @@ class PackedBatch:
     positions: np.ndarray
     weights: np.ndarray
     reference: np.ndarray
+    turns: np.ndarray
+    parts: np.ndarray
     chosen: np.ndarray
     rejected: np.ndarray
     pair_mask: np.ndarray
+    margin: np.ndarray
+    correct: np.ndarray
     sequence_mask: np.ndarray
 
     @property
@@ -206,3 +236,9 @@ class PackedBatch:
         """Share of row positions that hold a token, over the micro-batches that hold any."""
         used = self.segments[self.sequence_mask.any(axis=1)]
         return float((used > 0).mean()) if used.size else 0.0
+
+    @property
+    def action_share(self) -> float:
+        """Share of all tokens that count in the loss with any weight."""
+        tokens = int((self.segments > 0).sum())
+        return float((self.weights > 0).sum() / tokens) if tokens else 0.0

@@ -1,7 +1,7 @@
 import pytest
 
-from mdpo_jax.config import ConfigError, differences, from_dict
-from mdpo_jax.recipes import describe, load_recipe, parse
+from mdpo_jax.config import ConfigError
+from mdpo_jax.recipes import describe, differences, from_dict, load_recipe, parse
 
 
 def test_overrides_are_typed_and_nested():

@@ -62,8 +62,9 @@ def main() -> None:
     from mdpo_jax.data.packing import Layout, pack
     from mdpo_jax.model import transformer
     from mdpo_jax.model.families import ModelConfig, count_params
+    from mdpo_jax.training.losses import Forward, Objective
     from mdpo_jax.training.state import Optimiser, init_state
-    from mdpo_jax.training.step import Forward, Objective, make_step, put
+    from mdpo_jax.training.step import make_step, put
 
     config = ModelConfig("gemma", *SIZES[options.size])
     optimiser = Optimiser()

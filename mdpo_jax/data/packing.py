@@ -11,21 +11,31 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from mdpo_jax.types import MaskName, PackedBatch, Pair, Trajectory, loss_mask
+from mdpo_jax.types import PART_OF_ROLE, MaskName, PackedBatch, Pair, Trajectory, loss_mask
 
 FEWEST_MICROS = 4
 
 
 class Item(NamedTuple):
-    """One sequence to pack; all arrays are [length]."""
+    """One sequence to pack; all arrays are [length], as in PackedBatch.
+
+    correct: the grader's verdict.  term_c: (C) of equation 13, in logits; the margin of a pair is
+    the rejected one's minus the chosen one's.  mismatched: the sequence that stands in for this one
+    in KTO's reference point.
+    """
 
     ids: np.ndarray
     weights: np.ndarray
     reference: np.ndarray
+    turns: np.ndarray | int = 0
+    parts: np.ndarray | int = 0
+    correct: bool = False
+    term_c: float = 0.0
+    mismatched: Item | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +58,13 @@ def item(
     observations: bool = False,
     observation_weight: float = 0.0,
     reference: np.ndarray | None = None,
+    parts: np.ndarray | None = None,
 ) -> Item:
     """A trajectory with its loss weights.
 
     `observations` counts everything after the prompt (single-turn DPO: the whole completion is one
-    action); `observation_weight` gives observation tokens a weight of their own.
+    action); `observation_weight` gives observation tokens a weight of their own.  parts: [length] of
+    `Part`; without it all of an action is text.
     """
     weights = loss_mask(trajectory.roles, mask, observations=observations).astype(np.float32)
     if observation_weight:
@@ -60,17 +72,32 @@ def item(
         weights = np.where(everything & (weights == 0), observation_weight, weights)
     zeros = np.zeros(len(trajectory.ids), np.float32)
     return Item(
-        trajectory.ids, weights.astype(np.float32), zeros if reference is None else reference
+        trajectory.ids,
+        weights.astype(np.float32),
+        zeros if reference is None else reference,
+        trajectory.turn_numbers,
+        PART_OF_ROLE[trajectory.roles] if parts is None else parts,
     )
 
 
-def pair_items(pair: Pair, mask: MaskName, *, observations: bool = False) -> tuple[Item, Item]:
-    """Both sides of a pair, chosen first, with their stored reference log-probs."""
-    chosen = item(pair.chosen, mask, observations=observations, reference=pair.chosen_reference)
-    rejected = item(
-        pair.rejected, mask, observations=observations, reference=pair.rejected_reference
+def pair_items(pair: Pair, mask: MaskName, **options: Any) -> tuple[Item, Item]:
+    """Both sides of a pair, chosen first, with their stored reference log-probs; options of `item`."""
+    chosen = item(pair.chosen, mask, reference=pair.chosen_reference, **options)
+    rejected = item(pair.rejected, mask, reference=pair.rejected_reference, **options)
+    return chosen._replace(correct=True), rejected
+
+
+def mismatched(prompt: Trajectory, completion: Trajectory) -> Trajectory:
+    """The one's prompt with the other's completion (recipe of KTO's reference point)."""
+    cut, start = int(prompt.actions[0].start), int(completion.actions[0].start)
+    return Trajectory(
+        problem_id=f"{prompt.problem_id}+{completion.problem_id}",
+        sample=completion.sample,
+        policy="",
+        ids=np.concatenate([prompt.ids[:cut], completion.ids[start:]]),
+        roles=np.concatenate([prompt.roles[:cut], completion.roles[start:]]),
+        log_probs=np.zeros(cut + len(completion.ids) - start, np.float32),
     )
-    return chosen, rejected
 
 
 def pack(groups: Sequence[Sequence[Item]], layout: Layout) -> PackedBatch:
@@ -121,11 +148,14 @@ class _Micro:
     def __init__(self, layout: Layout):
         shape = (layout.rows, layout.row_length)
         self.tokens, self.segments, self.positions = (np.zeros(shape, np.int32) for _ in range(3))
+        self.turns, self.parts = (np.zeros(shape, np.int32) for _ in range(2))
         self.weights, self.reference = (np.zeros(shape, np.float32) for _ in range(2))
         pairs = max(1, layout.sequences // 2)
         self.chosen, self.rejected = (np.zeros(pairs, np.int32) for _ in range(2))
-        self.pair_mask = np.zeros(pairs, np.float32)
-        self.sequence_mask = np.zeros(layout.sequences, np.float32)
+        self.pair_mask, self.margin = (np.zeros(pairs, np.float32) for _ in range(2))
+        self.correct, self.sequence_mask = (
+            np.zeros(layout.sequences, np.float32) for _ in range(2)
+        )
         self._used = np.zeros(layout.rows, np.int64)
 
     def add(self, group: Sequence[Item]) -> bool:
@@ -145,9 +175,11 @@ class _Micro:
             self.tokens[here], self.segments[here] = entry.ids, slot + 1
             self.positions[here] = np.arange(len(entry.ids))
             self.weights[here], self.reference[here] = entry.weights, entry.reference
-            self.sequence_mask[slot] = 1
+            self.turns[here], self.parts[here] = entry.turns, entry.parts
+            self.sequence_mask[slot], self.correct[slot] = 1, entry.correct
         if len(group) == 2:
             pair = int(self.pair_mask.sum())
             self.chosen[pair], self.rejected[pair], self.pair_mask[pair] = first, first + 1, 1
+            self.margin[pair] = group[1].term_c - group[0].term_c
         self._used = used
         return True

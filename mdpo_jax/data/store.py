@@ -123,6 +123,16 @@ def pair_from(row: dict) -> Pair:
     )
 
 
+def scored_row(trajectory: Trajectory, reference: np.ndarray) -> dict:
+    """A trajectory with the log-probs of its tokens under a reference, as a plain dict."""
+    return trajectory_row(trajectory) | {"reference_log_probs": _floats(reference)}
+
+
+def scored_from(row: dict) -> tuple[Trajectory, np.ndarray]:
+    """The inverse of `scored_row`."""
+    return trajectory_from(row), np.asarray(row["reference_log_probs"], np.float32)
+
+
 def problem_row(problem: Problem) -> dict:
     """A problem as a plain dict."""
     return {

@@ -15,7 +15,7 @@ from mdpo_jax.config import Config
 from mdpo_jax.data import synthetic
 from mdpo_jax.data.packing import Layout
 from mdpo_jax.environment.interpreter import PythonInterpreter
-from mdpo_jax.environment.noisy import NoisyTool
+from mdpo_jax.environment.noisy import NoisyTool, with_wrong_number
 from mdpo_jax.environment.tool import Tool
 from mdpo_jax.grading.verdict import Grader
 from mdpo_jax.model import lora, sharding, transformer
@@ -26,8 +26,8 @@ from mdpo_jax.pipeline.files import stage
 from mdpo_jax.pipeline.parameters import Adapters, Parameters
 from mdpo_jax.rollout.engine import Engine, Limits
 from mdpo_jax.rollout.sampler import Sampler, Shapes
+from mdpo_jax.training.losses import Forward
 from mdpo_jax.training.state import Optimiser
-from mdpo_jax.training.step import Forward
 from mdpo_jax.training.trainer import Trainer
 
 PARAMS, EARLIER = "params", "params-earlier"
@@ -121,8 +121,12 @@ class Context:
             cache=t.cache,
         )  # fmt: skip
         self._closers.append(tool)
-        noise = self.config.problems.noise if self.config.problems.path is None else 0.0
-        return NoisyTool(tool, noise, self.config.seed) if noise else tool
+        suite, seed = self.config.problems, self.config.seed
+        if suite.path is not None:
+            return tool
+        if suite.fault:
+            tool = NoisyTool(tool, suite.fault, f"{seed}/fault", with_wrong_number)
+        return NoisyTool(tool, suite.noise, seed) if suite.noise else tool
 
     @functools.cached_property
     def grader(self) -> Grader:

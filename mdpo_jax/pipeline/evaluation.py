@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from mdpo_jax.data.packing import item
+from mdpo_jax.data.parts import parts_of
 from mdpo_jax.data.store import Graded, graded_from, graded_row, read_lines, write_lines
 from mdpo_jax.pipeline.context import Context
 from mdpo_jax.reporting.metrics import pass_at_k, wilson_interval
 from mdpo_jax.rollout.engine import Request
-from mdpo_jax.types import Problem, Role, Trajectory
+from mdpo_jax.types import ACTION_PARTS, Part, Problem, Role, Trajectory, Verdict
 
 Advance = Callable[[int], None]
 
@@ -26,10 +27,11 @@ def sample(
     requests = [Request(p, s, f"{context.config.seed}/{stream}") for p in problems for s in samples]
     found = context.engine.run(requests, policy=policy, temperature=temperature, advance=advance)
     golds = {p.id: p.answer for p in problems}
-    return [Graded(t, _verdict(context, golds[t.problem_id], t)) for t in found]
+    return [Graded(t, verdict(context, golds[t.problem_id], t)) for t in found]
 
 
-def _verdict(context: Context, gold: str, trajectory: Trajectory) -> Any:
+def verdict(context: Context, gold: str, trajectory: Trajectory) -> Verdict:
+    """The grader's word on the last action."""
     last = trajectory.ids[trajectory.actions[-1]]
     return context.grader.grade(gold, context.chat.decode(last))
 
@@ -40,8 +42,7 @@ def evaluate(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Rows of results.json for one policy on one split; trajectories are kept in `folder`.
 
-    reference: parameters for the `kl` field, the mean over sampled trajectories of the summed
-    log-ratio of action tokens (an estimate of the KL divergence, in nats).
+    reference: parameters for the fields of `kl_estimate`.
     """
     settings = context.config.evaluate
     context.sampler.load(params)
@@ -67,7 +68,7 @@ def evaluate(
         first = graded["sampled"][: settings.pass_problems]
         rows[1] |= _pass_figures(first, graded["more"], settings.pass_samples)
     if reference is not None and settings.temperature == 1:  # else the samples are not the policy's
-        rows[1]["kl"] = kl_estimate(context, [g.trajectory for g in graded["sampled"]], reference)
+        rows[1] |= kl_estimate(context, [g.trajectory for g in graded["sampled"]], reference)
     return rows
 
 
@@ -77,16 +78,30 @@ def correct(folder: Path, split: str, decoding: str) -> np.ndarray:
     return np.array([row["label"] == "correct" for row in read_lines(path)], np.float64)
 
 
-def kl_estimate(context: Context, trajectories: Sequence[Trajectory], reference: Any) -> float:
-    """Mean over trajectories of sum over action tokens of log pi - log pi_reference, nats."""
+def kl_estimate(
+    context: Context, trajectories: Sequence[Trajectory], reference: Any
+) -> dict[str, Any]:
+    """The policy's KL divergence from the reference on its own samples, in nats a trajectory.
+
+    `kl`: the mean over trajectories of the sum over action tokens of log pi - log pi_reference;
+    `kl_by_turn` [turns] and `kl_by_part` (text, code, answer) are its terms and add up to it.
+    """
     length = context.config.train.row_length
     short = [t for t in trajectories if len(t.ids) <= length]
+    if not short:
+        return {"kl": 0.0, "kl_by_turn": [], "kl_by_part": {}}
     scores = context.trainer().score(reference, [item(t, "sampled") for t in short], 64)
-    ratios = [
-        float(np.sum((t.log_probs - s)[t.roles == Role.ACTION]))
-        for t, s in zip(short, scores, strict=True)
-    ]
-    return float(np.mean(ratios)) if ratios else 0.0
+    by_turn, by_part = np.zeros(max(t.turns for t in short)), np.zeros(len(Part))
+    for t, s in zip(short, scores, strict=True):
+        ratios = np.where(t.roles == Role.ACTION, t.log_probs.astype(np.float64) - s, 0)
+        np.add.at(by_turn, np.maximum(t.turn_numbers, 1) - 1, ratios)
+        np.add.at(by_part, parts_of(t, context.chat), ratios)
+    count = len(short)
+    return {
+        "kl": float(by_turn.sum() / count),
+        "kl_by_turn": (by_turn / count).tolist(),
+        "kl_by_part": {p.name.lower(): float(by_part[p] / count) for p in ACTION_PARTS},
+    }
 
 
 def _figures(graded: Sequence[Graded]) -> dict[str, Any]:

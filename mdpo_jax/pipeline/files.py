@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mdpo_jax.config import Config, ConfigError, differences, from_dict
+from mdpo_jax.config import Config, ConfigError
+from mdpo_jax.recipes import differences, from_dict
 
 DONE, RESULTS = "done.json", "results.json"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mdpo_jax.config import Config, ConfigError
-from mdpo_jax.pipeline import stages
+from mdpo_jax.pipeline import monte_carlo, reference, stages
 from mdpo_jax.pipeline.context import Context
 from mdpo_jax.pipeline.evaluation import Advance, correct, evaluate
 from mdpo_jax.pipeline.files import DONE, RESULTS, open_run, read_json, stage, write_json
@@ -33,26 +33,27 @@ def _run(context: Context) -> dict[str, Any]:
     config, directory = context.config, context.directory
     stage(directory / "problems", lambda f: stages.prepare_problems(context, f))
     dev, test = (stages.read_problems(context, name) for name in ("dev", "test"))
+    last = config.iterations if config.preset.objective != "none" else 0
     sft = directory / "sft"
     with _timed(context, "SFT", config.sft.steps) as advance:
         stage(sft, lambda f: stages.sft(context, f, advance))
     rows = _evaluate(context, sft, "sft", 0, dev, "dev")
     policies = [sft / stages.EARLIER, sft / stages.PARAMS]
-    for t in range(1, config.iterations + 1):
+    for t in range(1, last + 1):
         folder = directory / f"iteration-{t}"
         _iterate(context, folder, t, policies)
         rows += _evaluate(context, folder / "train", config.method, t, dev, "dev")
         policies.append(folder / "train" / stages.PARAMS)
     chosen = _best(rows)
     rows += _evaluate(context, sft, "sft", 0, test, "test")
-    for t in sorted({chosen, config.iterations} - {0}):
+    for t in sorted({chosen, last} - {0}):
         folder = directory / f"iteration-{t}" / "train"
         rows += _evaluate(context, folder, config.method, t, test, "test")
     results = {
         "config": config.as_dict(),
         "rows": rows,
         "chosen_iteration": chosen,
-        "comparisons": _compare(context, config.iterations),
+        "comparisons": _compare(context, last) if last else [],
         "compilations": _compilations(context),
     }
     write_json(directory / RESULTS, results)
@@ -77,6 +78,8 @@ def evaluate_again(config: Config, iteration: int, split: str) -> list[dict[str,
 def _iterate(context: Context, folder: Path, t: int, policies: list[Path]) -> None:
     """One iteration; `policies` are all so far, the current one last."""
     config, train = context.config, context.config.train
+    # Before anything is sampled: a reference that is gone stops the run at once.
+    of = reference.sources(context, policies[-1], policies[1])
     sources = [
         (policies[-1], config.rollout.samples),
         (policies[-2], config.rollout.previous_samples),
@@ -87,23 +90,26 @@ def _iterate(context: Context, folder: Path, t: int, policies: list[Path]) -> No
         stage(folder / "rollout", lambda f: stages.rollout(context, f, t, sources, advance))
     stage(folder / "pairs", lambda f: stages.build_pairs(context, f, t))
     start = policies[-1] if train.start == "previous" else policies[1]
-    reference = policies[-1] if train.reference == "updated" else policies[1]
-    scored: dict[str, Any] = {}
-    if config.method != "raft":
+    if config.preset.objective != "likelihood":
         first = 1 if train.data == "all" else t
         files = [
             folder.parent / f"iteration-{i}" / "pairs" / "pairs.jsonl.gz"
             for i in range(first, t + 1)
         ]
-        scored = stage(
-            folder / "reference", lambda f: stages.score_reference(context, f, files, reference)
-        )
+        stage(folder / "reference", lambda f: reference.score_reference(context, f, files, of))
+    if config.term_c.kind == "monte_carlo":
+        asked = [
+            p for i in range(1, t + 1) for p in stages.read_problems(context, f"iteration-{i}")
+        ]
+        with _timed(context, f"iteration {t}: term C", None) as advance:
+            stage(
+                folder / monte_carlo.TERM_C,
+                lambda f: monte_carlo.estimate(context, f, asked, of[0][0], advance),
+            )
     with _timed(context, f"iteration {t}: {config.method}", None) as advance:
         stage(
             folder / "train",
-            lambda f: stages.train(
-                context, f, start, reference, scored, config.seed + 1000 * t, advance
-            ),
+            lambda f: stages.train(context, f, start, of, config.seed + 1000 * t, advance),
         )
 
 
@@ -133,7 +139,7 @@ def _compilations(context: Context) -> dict[str, int]:
 
     def most(stage_name: str, field: str) -> int:
         folders = context.directory.glob(f"iteration-*/{stage_name}")
-        return max(read_json(folder / DONE).get(field, 0) for folder in folders)
+        return max((read_json(folder / DONE).get(field, 0) for folder in folders), default=0)
 
     return {
         "rollout": most("rollout", "compilations"),

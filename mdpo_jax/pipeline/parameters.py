@@ -52,6 +52,10 @@ class Parameters:
         """Parameters that the model takes, from a stage's folder."""
         return self.whole(*self.trainable(path))
 
+    def identity(self, params: Any, base: Any) -> str:
+        """Fingerprint of what `load` gives once a `Trainable` is saved."""
+        return fingerprint(self.whole(params, base))
+
     def save(self, path: Path, params: Any, base: Any) -> None:
         """Keep a `Trainable`: of an adapter its own leaves, and which base they belong to."""
         del base
@@ -119,6 +123,9 @@ class Adapters(Parameters):
 
     def _over(self, base: Any) -> Trainable:
         return copy_params(self._new), base
+
+    def identity(self, params: Any, base: Any) -> str:
+        return super().identity(*(self._over(params) if base is None else (params, base)))
 
     def whole(self, params: Any, base: Any) -> Any:
         return params if base is None else lora.combine(base, params, self.adapter)

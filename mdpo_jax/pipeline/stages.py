@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,18 +14,20 @@ import numpy as np
 
 from mdpo_jax.config import ConfigError, StepZeroError
 from mdpo_jax.data import packing, pairs, store, synthetic
-from mdpo_jax.data.packing import Item
 from mdpo_jax.data.problems import load_problems
-from mdpo_jax.model.policy import fingerprint
 from mdpo_jax.pipeline.context import EARLIER, PARAMS, Context, suite
 from mdpo_jax.pipeline.demonstrations import demonstrations
 from mdpo_jax.pipeline.evaluation import Advance, sample
+from mdpo_jax.pipeline.examples import examples
+from mdpo_jax.pipeline.reference import Sources, identity
 from mdpo_jax.reporting.metrics import MetricsWriter
-from mdpo_jax.training.step import Objective
+from mdpo_jax.training.losses import Objective
+from mdpo_jax.training.step import Fixed
 from mdpo_jax.training.trainer import Plan, shuffled
-from mdpo_jax.types import Pair, Problem
+from mdpo_jax.types import Problem, Role
 
 _log = logging.getLogger(__name__)
+_COMPARED = 32  # trajectories whose log-probs by sampler and trainer are compared
 
 
 def prepare_problems(context: Context, folder: Path) -> dict[str, Any]:
@@ -144,7 +146,11 @@ def sft(context: Context, folder: Path, advance: Advance) -> dict[str, Any]:
             kept.save(folder / name, params, base)
         if settings.steps:
             _log.warning("SFT: no worked solutions in %s; skipped", context.config.problems.path)
-        return {"steps": 0, "note": "no demonstrations: the SFT policy is model.path as it is"}
+        return {
+            "steps": 0,
+            "note": "no demonstrations: the SFT policy is model.path as it is",
+            "policy": kept.identity(params, base),
+        }
     batches = _in_turn(
         [(n, shuffled([[i] for i in items], settings.batch, seed)) for n, items in parts]
     )
@@ -161,13 +167,14 @@ def sft(context: Context, folder: Path, advance: Advance) -> dict[str, Any]:
     trainer = context.trainer(sft=True)
     with _recorded(folder, advance) as report:
         final = trainer.fit(
-            params, batches, plan, Objective("likelihood"), base=base, report=report, keep=keep
-        )
+            params, batches, plan, Objective("likelihood"), fixed=Fixed(base), report=report,
+            keep=keep,
+        )  # fmt: skip
     kept.save(folder / PARAMS, final, base)
     return {
         "steps": settings.steps,
         "demonstrations": len(parts[-1][1]),
-        "policy": fingerprint(kept.whole(final, base)),
+        "policy": kept.identity(final, base),
     }
 
 
@@ -254,77 +261,91 @@ def build_pairs(context: Context, folder: Path, iteration: int) -> dict[str, Any
     }
 
 
-def score_reference(
-    context: Context, folder: Path, pair_files: Sequence[Path], reference: Path
-) -> dict[str, Any]:
-    """Reference log-probs of every token of every pair, by the trainer's own forward."""
-    found = [store.pair_from(row) for file in pair_files for row in store.read_lines(file)]
-    params = context.load(reference)
-    items = [packing.item(t, "sampled") for q in found for t in (q.chosen, q.rejected)]
-    scores = context.trainer().score(params, items, 2 * context.config.train.batch_pairs)
-    scored = [
-        Pair(q.chosen, q.rejected, scores[2 * i], scores[2 * i + 1]) for i, q in enumerate(found)
-    ]
-    store.write_lines(folder / "pairs.jsonl.gz", map(store.pair_row, scored))
-    return {"pairs": len(scored), "reference": fingerprint(params)}
-
-
 def train(
-    context: Context, folder: Path, start: Path, scored_by: Path, reference: dict[str, Any],
-    seed: int, advance: Advance,
-) -> dict[str, Any]:  # fmt: skip
-    """The preference step over an iteration's pairs (M-DPO, single-turn DPO) or RAFT's data.
+    context: Context, folder: Path, start: Path, of: Sources, seed: int, advance: Advance
+) -> dict[str, Any]:
+    """The method's step over an iteration's data.
 
-    start, scored_by: parameters of the policy to move and of the reference; where they are the
-    same, the first loss must be ln 2.  reference: what `score_reference` returned.
+    start: parameters of the policy to move.  of: the reference's; where that is the same policy,
+    the first log-ratios must be 0.
     """
-    config = context.config
-    kept, (params, base) = context.parameters, context.parameters.trainable(start)
-    groups, plan, objective = _training_data(context, folder, seed)
-    if not groups:
+    config, kept = context.config, context.parameters
+    params, base = kept.trainable(start)
+    compared = config.preset.objective != "likelihood"
+    name = identity(of) if compared else ""
+    data = examples(context, folder, name, seed)
+    if not data.groups:
         kept.save(folder / PARAMS, params, base)
-        return {"steps": 0, "note": "no pair to learn from: the policy is unchanged"}
-    at_reference = objective.kind == "pairs" and start == scored_by
-    if at_reference and fingerprint(kept.whole(params, base)) != reference.get("reference"):
+        note = "no pair to learn from: the policy is unchanged"
+        return {"steps": 0, "note": note, "policy": kept.identity(params, base)}
+    at_reference = compared and [path for path, _ in of] == [start]
+    if at_reference and kept.identity(params, base) != name:
         raise StepZeroError(
-            f"{folder}: the policy read from {start} is not the one whose log-probs the pairs hold; "
+            f"{folder}: the policy read from {start} is not the one whose log-probs the data hold; "
             f"delete {folder.parent / 'reference'} to have them scored again"
         )
+    apart = _sampler_difference(context, folder.parent / "rollout", start, kept.whole(params, base))
+    reference = None
+    if compared and config.train.reference_log_probs == "in_step":
+        reference = kept.trainable(of[0][0])[0]
     trainer = context.trainer()
-    with _recorded(folder, advance) as report:
+    with _recorded(folder, advance) as record:
+        report = _alarmed(record, config.train.displacement_alarm, folder)
         final = trainer.fit(
-            params, shuffled(groups, plan.batch, seed), plan, objective, base=base,
+            params, data.batches(seed), data.plan, data.objective, fixed=Fixed(base, reference),
             check_step_zero=at_reference, report=report,
         )  # fmt: skip
     kept.save(folder / PARAMS, final, base)
     return {
         "method": config.method,
-        "steps": plan.steps,
-        "compilations": trainer.compilations(objective),
-        "policy": fingerprint(kept.whole(final, base)),
+        "steps": data.plan.steps,
+        "compilations": trainer.compilations(data.objective),
+        "policy": kept.identity(final, base),
+        "sampler_trainer": apart,
     }
 
 
-def _training_data(
-    context: Context, folder: Path, seed: int
-) -> tuple[list[Sequence[Item]], Plan, Objective]:
-    config, t, raft = context.config, context.config.train, context.config.raft
-    groups: list[Sequence[Item]]
-    if config.method == "raft":
-        rows = store.read_lines(folder.parent / "pairs" / "correct.jsonl.gz")
-        kept = pairs.at_most([store.trajectory_from(r) for r in rows], raft.per_problem)
-        groups = [[packing.item(trajectory, t.mask)] for trajectory in kept]
-        steps, batch, rate = raft.epochs * len(groups) // raft.batch, raft.batch, raft.learning_rate
-        most, objective = raft.max_steps, Objective("likelihood")
-    else:
-        rows = store.read_lines(folder.parent / "reference" / "pairs.jsonl.gz")
-        whole = config.method == "dpo"
-        groups = [packing.pair_items(store.pair_from(r), t.mask, observations=whole) for r in rows]
-        steps, batch, rate = t.epochs * len(groups) // t.batch_pairs, t.batch_pairs, t.learning_rate
-        most, objective = t.max_steps, Objective("pairs", t.eta, t.nll_weight)
-    steps = max(1, min(steps, most or steps))
-    plan = Plan(batch, steps, rate, t.warmup_steps, t.final_lr_fraction, seed)
-    return groups, plan, objective
+def _sampler_difference(
+    context: Context, rollouts: Path, start: Path, params: Any
+) -> dict[str, float]:
+    """|log-prob| of sampled tokens as the sampler gave it minus the trainer's; {} without a sample.
+
+    Over the first of the iteration's trajectories that the policy at `start` sampled, in nats.
+    """
+    name, length = str(start.relative_to(context.directory)), context.config.train.row_length
+    rows = (row for file in sorted(rollouts.glob("*.jsonl.gz")) for row in store.read_lines(file))
+    found = (store.trajectory_from(row) for row in rows if row["policy"] == name)
+    some = list(itertools.islice((t for t in found if len(t.ids) <= length), _COMPARED))
+    if not some:
+        return {}
+    scores = context.trainer().score(params, [packing.item(t, "sampled") for t in some], len(some))
+    apart = np.concatenate(
+        [np.abs(t.log_probs - s)[t.roles == Role.ACTION] for t, s in zip(some, scores, strict=True)]
+    )
+    return {"max": float(apart.max()), "mean": float(apart.mean()), "tokens": len(apart)}
+
+
+def _alarmed(
+    report: Callable[[int, dict[str, float]], None], limit: float, folder: Path
+) -> Callable[[int, dict[str, float]], None]:
+    """`report` that warns once when chosen trajectories have become less likely by `limit` nats."""
+    recent: deque[float] = deque(maxlen=10)
+    silent = limit == 0
+
+    def alarmed(step: int, values: dict[str, float]) -> None:
+        nonlocal silent
+        report(step, values)
+        if not silent and "displacement" in values:
+            recent.append(values["displacement"])
+            if -float(np.mean(recent)) > limit:
+                silent = True
+                _log.warning(
+                    "%s, step %d: chosen trajectories are %.1f nats less likely than under the "
+                    "reference (train.displacement_alarm=%g); a smaller learning rate, a larger "
+                    "eta or an NLL term holds them", folder, step, -np.mean(recent), limit,
+                )  # fmt: skip
+
+    return alarmed
 
 
 @contextlib.contextmanager

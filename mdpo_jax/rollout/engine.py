@@ -13,10 +13,12 @@ import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
+from typing import NamedTuple
 
 import numpy as np
 
 from mdpo_jax.chat import Chat
+from mdpo_jax.environment.replay import Replayed
 from mdpo_jax.environment.tool import Observation, Session, Tool, wants_tool
 from mdpo_jax.rollout.sampler import LONGEST_STOP, DecodeState, Sampler
 from mdpo_jax.types import Finish, Problem, Role, Trajectory
@@ -35,13 +37,25 @@ class Limits:
     context: int
 
 
+class Prefix(NamedTuple):
+    """A state to go on from: ids and roles up to an observation, and the texts of its actions."""
+
+    ids: tuple[int, ...]
+    roles: tuple[int, ...]
+    actions: tuple[str, ...]
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One trajectory to sample; `stream` names its randomness within (seed, iteration)."""
+    """One trajectory to sample; `stream` names its randomness within (seed, iteration).
+
+    prefix: where it begins; None for the problem's prompt.  Log-probs of its actions are 0.
+    """
 
     problem: Problem
     sample: int
     stream: str
+    prefix: Prefix | None = None
 
     @property
     def key(self) -> str:
@@ -60,6 +74,7 @@ class _Slot:
     turn_start: int
     turns: int = 0
     generated: int = 0
+    cached: bool = False  # whether the sampler has seen any of it
     statuses: list[str] = dataclasses.field(default_factory=list)
     finish: Finish | None = None
 
@@ -103,7 +118,7 @@ class Engine:
         grown: list[int] = []  # slots whose ids are ahead of the cache
         waiting: list[tuple[int, Future[Observation]]] = []
         state = self._state if self._state is not None else self._sampler.start()
-        prompts = [len(self._chat.prompt(request.problem.question)) for request in order]
+        prompts = [len(self._start(request)[0]) for request in order]
         # What the template puts around an observation is a few tokens.
         longest = max([self._limits.observation_tokens + _AROUND, *prompts])
         state = self._sampler.warm_up(state, longest)
@@ -135,20 +150,33 @@ class Engine:
         return [done[place] for place in range(len(order))]
 
     def _admit(self, request: Request) -> _Slot:
-        prompt = self._chat.prompt(request.problem.question)
-        room = self._limits.context - len(prompt)
+        ids, roles = self._start(request)
+        room = self._limits.context - len(ids)
         if room < 2:
             raise ValueError(
-                f"problem {request.problem.id!r}: its prompt has {len(prompt)} tokens; "
+                f"problem {request.problem.id!r}: its prompt has {len(ids)} tokens; "
                 f"rollout.context={self._limits.context} must hold it and an answer"
             )
-        roles = [int(Role.PROMPT)] * len(prompt)
         session = self._tool.start(request.key)
-        return _Slot(request, session, prompt, roles, [0.0] * len(prompt), len(prompt))
+        slot = _Slot(request, session, ids, roles, [0.0] * len(ids), len(ids))
+        if request.prefix is not None:
+            slot.session = Replayed(session, request.prefix.actions)
+            slot.turns = len(request.prefix.actions)
+            slot.generated = roles.count(int(Role.ACTION))
+        return slot
+
+    def _start(self, request: Request) -> tuple[list[int], list[int]]:
+        """Ids and roles that are there before the policy writes."""
+        if request.prefix is not None:
+            return list(request.prefix.ids), list(request.prefix.roles)
+        prompt = self._chat.prompt(request.problem.question)
+        return prompt, [int(Role.PROMPT)] * len(prompt)
 
     def _extend(self, state: DecodeState, grown: dict[int, _Slot]) -> DecodeState:
         """Bring the cache up to each slot's ids: everything since its last action."""
         new = {i: _unseen(slot) for i, slot in grown.items()}
+        for slot in grown.values():
+            slot.cached = True
         return self._sampler.extend(
             state,
             list(grown),
@@ -235,6 +263,8 @@ class Engine:
 
 def _unseen(slot: _Slot) -> int:
     """How many ids at the end the cache has not got: all that follow the last action."""
+    if not slot.cached:
+        return len(slot.ids)
     count = 0
     while count < len(slot.roles) and slot.roles[-1 - count] != Role.ACTION:
         count += 1

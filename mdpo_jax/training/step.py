@@ -1,11 +1,11 @@
-"""The pure step: packed batch in, new state and metrics out; where model and objectives meet."""
+"""The pure step: packed batch in, new state and metrics out."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,34 +14,29 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from mdpo_jax import objectives
-from mdpo_jax.model import lora, sharding, transformer
+from mdpo_jax.model import lora, sharding
 from mdpo_jax.model.families import ModelConfig
 from mdpo_jax.model.lora import Lora
+from mdpo_jax.training import losses
+from mdpo_jax.training.losses import Arrays, Forward, Objective, log_probs
 from mdpo_jax.training.state import Optimiser, TrainState
+from mdpo_jax.training.value import Joint
 from mdpo_jax.types import PackedBatch
 
-Arrays = dict[str, Array]
-# Metrics that are maxima over pairs; all others are sums whose weights already hold the counts.
-_MAXIMA = ("log_ratio/max_abs",)
+
+class Fixed(NamedTuple):
+    """What steps read and never change: arguments, for as constants they would be compiled in.
+
+    base: the parameters under an adapter.  reference: the reference policy in the form of the
+    trained one (an adapter, where that is one), to be scored in the step; None: the batch holds its
+    log-probs.
+    """
+
+    base: Any = None
+    reference: Any = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Objective:
-    """What a step minimises: `pairs` is M-DPO (eq. 14) plus an NLL term, `likelihood` SFT/RAFT."""
-
-    kind: Literal["pairs", "likelihood"]
-    eta: float = 0.1
-    nll_weight: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Forward:
-    """How the trainer runs the model: compute type, remat policy, head chunk, attention backend."""
-
-    dtype: str = "float32"
-    remat: str = "none"
-    logprob_chunk: int = 2048
-    attention: str = "auto"
+NOTHING = Fixed()
 
 
 def put(batch: PackedBatch, mesh: Mesh | None) -> Arrays:
@@ -57,110 +52,73 @@ def put(batch: PackedBatch, mesh: Mesh | None) -> Arrays:
     }
 
 
-def log_probs(
-    config: ModelConfig, forward: Forward, params: Any, micro: Arrays
-) -> Float[Array, "rows length"]:
-    """Log-prob of every token given those before it in its segment; 0 at column 0.
-
-    The value at a segment's first token is meaningless and must carry weight 0 (it is a prompt
-    token by construction).
-    """
-    hidden = transformer.hidden_states(
-        config, params, micro["tokens"], micro["positions"], micro["segments"],
-        dtype=jnp.dtype(forward.dtype), remat=forward.remat, backend=forward.attention,
-    )  # fmt: skip
-    rows, length, width = hidden.shape
-    values = objectives.token_log_probs(
-        hidden[:, :-1].reshape(rows * (length - 1), width),
-        transformer.unembedding(params),
-        micro["tokens"][:, 1:].reshape(-1),
-        chunk=forward.logprob_chunk,
-        softcap=config.logit_cap,
-    )
-    return jnp.pad(values.reshape(rows, length - 1), ((0, 0), (1, 0)))
-
-
-def micro_loss(
-    config: ModelConfig,
-    forward: Forward,
-    objective: Objective,
-    params: Any,
-    micro: Arrays,
-    totals: Arrays,
-) -> tuple[Float[Array, ""], Arrays]:
-    """This micro-batch's share of the step's loss and metrics; shares add up over micro-batches."""
-    values = log_probs(config, forward, params, micro)
-    slots = micro["sequence_mask"].shape[0]
-
-    def by_sequence(per_token):
-        flat = jax.ops.segment_sum(
-            per_token.reshape(-1), micro["segments"].reshape(-1), num_segments=slots + 1
-        )
-        return flat[1:]  # segment 0 is padding
-
-    policy, tokens = by_sequence(values * micro["weights"]), by_sequence(micro["weights"])
-    if objective.kind == "likelihood":
-        loss = -jnp.sum(policy) / totals["tokens"]
-        return loss, {"loss": loss, "logps/mean": -loss}
-
-    log_ratio = policy - by_sequence(micro["reference"] * micro["weights"])
-    chosen, rejected = micro["chosen"], micro["rejected"]
-    weights = micro["pair_mask"] / totals["pairs"]
-    loss, metrics = objectives.mdpo_loss(
-        log_ratio[chosen], log_ratio[rejected], eta=objective.eta, weights=weights
-    )
-    nll = objectives.nll_loss(policy[chosen], tokens[chosen], weights=weights)
-    both = jnp.abs(jnp.stack([log_ratio[chosen], log_ratio[rejected]])) * micro["pair_mask"]
-    metrics |= {
-        "loss/preference": loss,
-        "loss/nll": nll,
-        "loss": loss + objective.nll_weight * nll,
-        "logps/chosen": jnp.sum(weights * policy[chosen]),
-        "logps/rejected": jnp.sum(weights * policy[rejected]),
-        "log_ratio/mean_abs": jnp.sum(weights * both) / 2,
-        "log_ratio/max_abs": jnp.max(both),
-    }
-    return metrics["loss"], metrics
-
-
 def loss_and_gradients(
     config: ModelConfig, forward: Forward, objective: Objective, params: Any, batch: Arrays,
-    whole: Callable[[Any], Any] = lambda params: params,
+    whole: Callable[[Any], Any] = lambda params: params, reference: Any = None,
+    mismatched: Arrays | None = None,
 ) -> tuple[Any, Arrays]:  # fmt: skip
     """Gradients of the whole batch's loss and its metrics, micro-batch by micro-batch.
 
-    params: what is differentiated.  whole: from them to what the model takes; an adapter is put
-    onto its base, for which no gradient is then computed.
+    params: what is differentiated; a `Joint` with a value head.  whole: from the policy's to what
+    the model takes; an adapter is put onto its base, for which no gradient is then computed.
+    reference: parameters that the model takes, where the batch does not hold their log-probs.
+    mismatched: the batch of KTO's reference point, where the objective takes it from one.
 
     The loop's trip count is traced: empty micro-batches at the end cost nothing, and a batch with
     more of them does not compile anew.
     """
-    totals = {
-        "pairs": jnp.maximum(jnp.sum(batch["pair_mask"]), 1),
-        "tokens": jnp.maximum(jnp.sum(batch["weights"]), 1),
-    }
+    shared = losses.totals(batch)
 
-    def loss(params, micro):
-        return micro_loss(config, forward, objective, whole(params), micro, totals)
+    def micro_batch(source: Arrays, index: Array) -> Arrays:
+        micro = {name: value[index] for name, value in source.items()}
+        if reference is not None:
+            micro["reference"] = log_probs(config, forward, reference, micro)
+        return micro
+
+    if objective.kind == "unpaired":
+        policy = whole(jax.lax.stop_gradient(params))
+        source = batch if mismatched is None else mismatched
+        shared["kl"] = _reference_point(config, forward, objective, policy, source, micro_batch)
+
+    def loss(params: Any, micro: Arrays) -> tuple[Array, Arrays]:
+        policy, head = params if objective.value is not None else (params, None)
+        return losses.micro_loss(config, forward, objective, whole(policy), head, micro, shared)
 
     grad = jax.value_and_grad(loss, has_aux=True)
 
-    def one(index):
-        micro = {name: value[index] for name, value in batch.items()}
-        (_, metrics), gradients = grad(params, micro)
+    def one(index: Any) -> tuple[Any, Arrays]:
+        (_, metrics), gradients = grad(params, micro_batch(batch, index))
         return jax.tree.map(lambda g: g.astype(jnp.float32), gradients), metrics
 
-    def body(index, carry):
+    def body(index: Any, carry: tuple[Any, Arrays]) -> tuple[Any, Arrays]:
         gradients, metrics = carry
         more, new = one(index)
         merged = {
-            name: jnp.maximum(value, new[name]) if name in _MAXIMA else value + new[name]
+            name: jnp.maximum(value, new[name]) if name in losses.MAXIMA else value + new[name]
             for name, value in metrics.items()
         }
         return jax.tree.map(jnp.add, gradients, more), merged
 
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, 0))
     return jax.lax.fori_loop(0, _filled(batch), body, zeros)
+
+
+def _reference_point(
+    config: ModelConfig, forward: Forward, objective: Objective, policy: Any, source: Arrays,
+    micro_batch: Callable[[Arrays, Any], Arrays],
+) -> Float[Array, ""]:  # fmt: skip
+    """KTO's z_0 over all of `source`, before any gradient: the loss is not linear in it."""
+    if objective.kl == "zero":
+        return jnp.zeros(())
+    weight = source["sequence_mask"] / jnp.maximum(jnp.sum(source["sequence_mask"]), 1)
+
+    def body(index: Any, total: Array) -> Array:
+        micro = micro_batch(source, index)
+        ratios = log_probs(config, forward, policy, micro) - micro["reference"]
+        sums = losses.by_sequence(ratios * micro["weights"], micro)
+        return total + objectives.kl_estimate(sums, weight[index], convention=objective.kl)
+
+    return jax.lax.fori_loop(0, _filled(source), body, jnp.zeros(()))
 
 
 def _filled(batch: Arrays) -> Array:
@@ -173,26 +131,25 @@ def make_step(
     config: ModelConfig, forward: Forward, objective: Objective, optimiser: Optimiser,
     mesh: Mesh | None = None, adapter: Lora | None = None,
 ):  # fmt: skip
-    """`step(state, batch, learning_rate, base) -> state, metrics`: pure, jitted once.
+    """`step(state, batch, learning_rate, fixed, mismatched) -> state, metrics`, jitted once.
 
-    The state is donated.  With an `adapter` its params are that alone, and `base` are the
-    parameters under it: an argument, for as a constant they would be compiled in, and never
-    donated.  Without, `base` is left out.
+    The state is donated, `fixed` never.  With an `adapter` the policy's params are that alone.
+    fixed and mismatched may be left out where there is nothing to hand over.
     """
 
     def step(
-        state: TrainState, batch: Arrays, learning_rate: Float[Array, ""], base: Any = None
+        state: TrainState, batch: Arrays, learning_rate: Float[Array, ""], fixed: Fixed = NOTHING,
+        mismatched: Arrays | None = None,
     ):  # fmt: skip
         def whole(params: Any) -> Any:
-            return params if adapter is None else lora.combine(base, params, adapter)
+            return params if adapter is None else lora.combine(fixed.base, params, adapter)
 
+        reference = None if fixed.reference is None else whole(fixed.reference)
         gradients, metrics = loss_and_gradients(
-            config, forward, objective, state.params, batch, whole
+            config, forward, objective, state.params, batch, whole, reference, mismatched
         )
         updates, opt_state = optimiser.transform().update(gradients, state.opt_state, state.params)
-        params = jax.tree.map(
-            lambda p, u: (p - learning_rate * u).astype(p.dtype), state.params, updates
-        )
+        params = _updated(objective, state.params, updates, learning_rate)
         metrics |= {"grad_norm": optax.tree.norm(gradients), "learning_rate": learning_rate}
         return TrainState(params, opt_state, state.step + 1), metrics
 
@@ -204,15 +161,34 @@ def make_step(
         shardings = lora.shardings(config, adapter, mesh)
 
     def pinned(
-        state: TrainState, batch: Arrays, learning_rate: Float[Array, ""], base: Any = None
+        state: TrainState, batch: Arrays, learning_rate: Float[Array, ""], fixed: Fixed = NOTHING,
+        mismatched: Arrays | None = None,
     ):  # fmt: skip
         # Without this the compiler may give a leaf another layout than it came in with, and the
         # next call would compile anew.
-        new, metrics = step(state, batch, learning_rate, base)
-        params = jax.lax.with_sharding_constraint(new.params, shardings)
+        new, metrics = step(state, batch, learning_rate, fixed, mismatched)
+        params = new.params
+        if objective.value is None:
+            params = jax.lax.with_sharding_constraint(params, shardings)
+        else:
+            replicated = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), params.head)
+            params = jax.lax.with_sharding_constraint(params, Joint(shardings, replicated))
         return new._replace(params=params), metrics
 
     return jax.jit(pinned, donate_argnums=0)
+
+
+def _updated(objective: Objective, params: Any, updates: Any, learning_rate: Array) -> Any:
+    def moved(params: Any, updates: Any, rate: Array) -> Any:
+        return jax.tree.map(lambda p, u: (p - rate * u).astype(p.dtype), params, updates)
+
+    if objective.value is None:
+        return moved(params, updates, learning_rate)
+    faster = learning_rate * objective.value.learning_rate_scale
+    return Joint(
+        moved(params.policy, updates.policy, learning_rate),
+        moved(params.head, updates.head, faster),
+    )
 
 
 @functools.lru_cache(maxsize=8)

@@ -1,4 +1,4 @@
-"""Epochs over packed batches: the host's side of the step, with the step-0 check of ln 2."""
+"""Epochs over packed batches: the host's side of the step, with its check of the first loss."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mdpo_jax.config import StepZeroError
 from mdpo_jax.data.packing import Item, Layout, pack, unpack
 from mdpo_jax.model.families import ModelConfig
 from mdpo_jax.model.lora import Lora
+from mdpo_jax.training.losses import Forward, Objective
 from mdpo_jax.training.state import Optimiser, init_state, schedule
-from mdpo_jax.training.step import Forward, Objective, make_scorer, make_step, put
+from mdpo_jax.training.step import NOTHING, Fixed, make_scorer, make_step, put
+from mdpo_jax.training.value import Joint, init_head
 
 Groups = Sequence[Sequence[Item]]
 
@@ -50,31 +52,48 @@ class Trainer:
 
     def fit(
         self, params: Any, batches: Iterator[Groups], plan: Plan, objective: Objective, *,
-        base: Any = None, check_step_zero: bool = False,
+        fixed: Fixed = NOTHING, check_step_zero: bool = False,
         report: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
         keep: Callable[[int, Any], None] = lambda step, params: None,
     ) -> Any:  # fmt: skip
-        """Parameters after `plan.steps` steps; `params` are donated to the first, `base` is not.
+        """Parameters after `plan.steps` steps; `params` are donated to the first, `fixed` are not.
 
-        report(step, metrics) after each step; keep(step, params) may copy them.  Raises
-        StepZeroError before anything is kept if `check_step_zero` and the first loss is not ln 2.
+        report(step, metrics) after each step; keep(step, params) may copy them.  A metric without a
+        value in a batch (the mean of a class that it lacks) is left out.  Raises StepZeroError
+        before anything is kept if `check_step_zero` and the first log-ratios are not 0.
         """
         step = self._step(objective)
         rate = schedule(plan.learning_rate, plan.warmup_steps, plan.steps, plan.final_lr_fraction)
-        state = init_state(params, self.optimiser)
+        state = init_state(self._with_head(objective, params), self.optimiser)
         for index in range(plan.steps):
-            batch = pack(next(batches), self.layout)
+            groups = next(batches)
+            batch = pack(groups, self.layout)
             with self._on_mesh():
                 arrays, now = put(batch, self.mesh), np.float32(rate(index))
-                state, metrics = step(state, arrays, now, base)
+                state, metrics = step(state, arrays, now, fixed, self._mismatched(groups))
             values = {name: float(value) for name, value in metrics.items()}
             if index == 0 and check_step_zero:
-                self._check(values)
+                self._check(objective, values)
             if not math.isfinite(values["loss"]):
                 raise FloatingPointError(f"step {index}: the loss is {values['loss']}")
-            report(index, values | {"fill": batch.fill})
-            keep(index + 1, state.params)
-        return state.params
+            values = {name: value for name, value in values.items() if not math.isnan(value)}
+            report(index, values | {"fill": batch.fill, "action_share": batch.action_share})
+            keep(index + 1, _policy(state.params))
+        return _policy(state.params)
+
+    def _with_head(self, objective: Objective, params: Any) -> Any:
+        if objective.value is None:
+            return params
+        head = init_head(self.config.hidden_size)
+        if self.mesh is not None:
+            head = jax.device_put(head, NamedSharding(self.mesh, PartitionSpec()))
+        return Joint(params, head)
+
+    def _mismatched(self, groups: Groups) -> Any:
+        """The batch of KTO's reference point, where the items name their stand-ins."""
+        found = [entry.mismatched for group in groups for entry in group]
+        items = [[entry] for entry in found if entry is not None]
+        return put(pack(items, self.layout), self.mesh) if items else None
 
     def score(self, params: Any, items: Sequence[Item], batch: int) -> list[np.ndarray]:
         """[length] log-probs of each item's tokens by the trainer's own forward."""
@@ -108,19 +127,37 @@ class Trainer:
         """Inside, activations are pinned to the mesh (model/sharding.py)."""
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
-    def _check(self, metrics: dict[str, float]) -> None:
+    def _check(self, objective: Objective, metrics: dict[str, float]) -> None:
         # A token's log-probs round apart by about `share`, where packing differs; over a trajectory
         # that is a random walk.
         share = 1e-5 if self.forward.dtype == "float32" else 1e-2
         limit = share * math.sqrt(self.layout.row_length)
         mean, most = metrics["log_ratio/mean_abs"], metrics["log_ratio/max_abs"]
-        loss = metrics["loss/preference"]
-        if mean > limit or most > 5 * limit or abs(loss - math.log(2)) > limit:
+        loss, expected = metrics["loss/preference"], _first_loss(objective, metrics)
+        off = expected is not None and abs(loss - expected) > limit
+        if mean > limit or most > 5 * limit or off:
+            known = "" if expected is None else f"loss {expected:.6f} and "
             raise StepZeroError(
                 f"step 0: loss {loss:.6f} and |log-ratio| {mean:.2e} in the mean, {most:.2e} at "
-                f"most, with policy = reference; expected ln 2 = {math.log(2):.6f} and 0 (within "
+                f"most, with policy = reference; expected {known}log-ratios of 0 (within "
                 f"{limit:.0e}; {5 * limit:.0e} at most)"
             )
+
+
+def _policy(params: Any) -> Any:
+    """Without the value head, where there is one."""
+    return params.policy if isinstance(params, Joint) else params
+
+
+def _first_loss(objective: Objective, metrics: dict[str, float]) -> float | None:
+    """The preference loss where every log-ratio is 0; None where it is not one number."""
+    if objective.kind == "unpaired":
+        right, wrong = metrics["count/chosen"], metrics["count/rejected"]
+        weighted = objective.lambda_correct * right + objective.lambda_wrong * wrong
+        return weighted / (2 * (right + wrong))
+    if metrics["term_c/margin_mean_abs"] or objective.loss == "ipo":
+        return None  # each pair has its own margin; ipo's loss is as large as 1 / (2 eta)^2
+    return 1.0 if objective.loss == "hinge" else math.log(2)
 
 
 def shuffled(groups: Groups, batch: int, seed: int) -> Iterator[Groups]:

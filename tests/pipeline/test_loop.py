@@ -18,7 +18,7 @@ def finished(tmp_path_factory):
     """A finished run; random answers are graded by chance so that pairs exist."""
     folder = tmp_path_factory.mktemp("run") / "r"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mdpo_jax.pipeline.evaluation._verdict", _by_parity)
+        patch.setattr("mdpo_jax.pipeline.evaluation.verdict", _by_parity)
         assert train.main([*SMALL_RUN, f"--config.workdir={folder}"]) == 0
     return folder
 
@@ -31,7 +31,7 @@ def _by_parity(context, gold, trajectory):
 
 @pytest.fixture
 def graded_by_parity(monkeypatch):
-    monkeypatch.setattr("mdpo_jax.pipeline.evaluation._verdict", _by_parity)
+    monkeypatch.setattr("mdpo_jax.pipeline.evaluation.verdict", _by_parity)
     # Limit-cut trajectories are all there are.
     return monkeypatch
 

@@ -30,7 +30,7 @@ def finished(tmp_path_factory):
     """A finished run of a fresh model; answers are graded by chance so that pairs exist."""
     folder = tmp_path_factory.mktemp("run") / "r"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mdpo_jax.pipeline.evaluation._verdict", _by_parity)
+        patch.setattr("mdpo_jax.pipeline.evaluation.verdict", _by_parity)
         assert train.main([*RUN, f"--config.workdir={folder}"]) == 0
     return folder
 
@@ -48,7 +48,7 @@ def loaded(finished, tmp_path_factory):
         f"--config.workdir={where / 'r'}",
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mdpo_jax.pipeline.evaluation._verdict", _by_parity)
+        patch.setattr("mdpo_jax.pipeline.evaluation.verdict", _by_parity)
         assert train.main([*RUN, *more, "--config.iterations=1"]) == 0
     return where / "r"
 
@@ -91,7 +91,7 @@ def test_a_stage_keeps_its_adapter_alone_and_names_its_base(finished):
 
 
 def test_a_run_that_was_cut_ends_in_the_same_place(finished, tmp_path, monkeypatch):
-    monkeypatch.setattr("mdpo_jax.pipeline.evaluation._verdict", _by_parity)
+    monkeypatch.setattr("mdpo_jax.pipeline.evaluation.verdict", _by_parity)
     again = tmp_path / "again"
     shutil.copytree(finished, again)
     (again / "results.json").unlink()

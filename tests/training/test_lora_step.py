@@ -12,8 +12,9 @@ from mdpo_jax.data.packing import Item, Layout, item, pack, pair_items
 from mdpo_jax.model import lora, sharding
 from mdpo_jax.model.families import ModelConfig, param_shapes
 from mdpo_jax.model.lora import Lora
+from mdpo_jax.training.losses import Forward, Objective
 from mdpo_jax.training.state import Optimiser, TrainState, init_state
-from mdpo_jax.training.step import Forward, Objective, loss_and_gradients, make_step, put
+from mdpo_jax.training.step import Fixed, loss_and_gradients, make_step, put
 from mdpo_jax.training.trainer import Plan, Trainer, copy_params, shuffled
 from mdpo_jax.types import Pair
 
@@ -94,7 +95,7 @@ def test_steps_change_the_adapter_alone_in_one_program(shape):
     items = [item(t, "sampled") for t in trajectories()]
     scores = t.score(lora.combine(base, small, LORA), items, 4)
     final = t.fit(
-        small, shuffled(batch(scores=scores), 2, 0), plan, objective, base=base,
+        small, shuffled(batch(scores=scores), 2, 0), plan, objective, fixed=Fixed(base),
         check_step_zero=True, report=lambda step, metrics: seen.append(metrics),
     )  # fmt: skip
     assert seen[0]["loss"] == pytest.approx(np.log(2), abs=1e-5)
@@ -113,7 +114,7 @@ def test_sft_and_raft_learn_through_the_adapter_too():
     losses = []
     t.fit(
         lora.init(model_config(), LORA, jax.random.key(0)), shuffled(groups, 4, 0),
-        Plan(4, 6, 1e-2, 1, 1.0, 0), Objective("likelihood"), base=params(),
+        Plan(4, 6, 1e-2, 1, 1.0, 0), Objective("likelihood"), fixed=Fixed(params()),
         report=lambda step, metrics: losses.append(metrics["loss"]),
     )  # fmt: skip
     assert losses[-1] < losses[0] - 0.05
@@ -158,7 +159,7 @@ def _traced(which, remat):
     else:
         params = jax.eval_shape(lambda: lora.init(WIDE, which, jax.random.key(0)))
     step = make_step(WIDE, Forward(remat=remat), OBJECTIVE, Optimiser(), None, which)
-    return step.trace(jax.eval_shape(_initial, params), arrays, jnp.float32(0), base)
+    return step.trace(jax.eval_shape(_initial, params), arrays, jnp.float32(0), Fixed(base))
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])

@@ -1,0 +1,133 @@
+"""What is computed once before an iteration's training: log-probs of the data under the reference.
+
+Every row of a file carries the fingerprint of the reference that scored it, and the train stage
+takes no other: a stale one cannot be used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from mdpo_jax.config import ConfigError
+from mdpo_jax.data import packing, store
+from mdpo_jax.data.store import Graded
+from mdpo_jax.model.policy import fingerprint
+from mdpo_jax.objectives import mismatched_rows
+from mdpo_jax.pipeline.context import Context
+from mdpo_jax.pipeline.files import DONE, read_json
+from mdpo_jax.types import Pair, Trajectory
+
+PAIRS, MISMATCHED, ROLLOUTS = "pairs.jsonl.gz", "mismatched.jsonl.gz", "rollouts.jsonl.gz"
+Sources = Sequence[tuple[Path, float]]
+
+
+def sources(context: Context, updated: Path, fixed: Path) -> Sources:
+    """(parameters, weight) of the policies that the iteration's reference is made of.
+
+    Raises ConfigError, before anything is sampled, if one of them is gone.
+    """
+    kind, share = context.config.reference, context.config.train.mixture
+    if kind == "mixture" and updated != fixed:
+        found = [(fixed, share), (updated, 1 - share)]
+        found = [(path, weight) for path, weight in found if weight > 0]
+    else:
+        found = [(fixed if kind == "fixed" else updated, 1.0)]
+    for path, _ in found:
+        if not path.is_dir():
+            raise ConfigError(
+                f"config.train.reference={kind}: {path} is missing; expected the parameters that "
+                "its stage wrote; restore them, or begin in another folder"
+            )
+    return found
+
+
+def identity(of: Sources) -> str:
+    """Fingerprint of a reference as its policies' stages recorded it."""
+    parts = [f"{read_json(path.parent / DONE)['policy']}*{weight}" for path, weight in of]
+    if len(parts) == 1:
+        return parts[0].split("*")[0]
+    return hashlib.sha256("+".join(parts).encode()).hexdigest()[:16]
+
+
+def score_reference(
+    context: Context, folder: Path, pair_files: Sequence[Path], of: Sources
+) -> dict[str, Any]:
+    """Pairs with the reference's log-probs of every token, by the trainer's own forward.
+
+    With them, where the method needs it: the sequences of KTO's reference point, and the unselected
+    rollouts of a value head.  Nothing is scored if the step holds the reference itself.
+    """
+    config = context.config
+    found = [store.pair_from(row) for file in pair_files for row in store.read_lines(file)]
+    sides = [t for q in found for t in (q.chosen, q.rejected)]
+    borrowed = _mismatched(sides) if _needs_mismatched(context) else []
+    rollouts = _unselected(context, folder, len(found)) if config.term_c.kind == "value" else []
+    everything = [*sides, *borrowed, *(g.trajectory for g in rollouts)]
+    name = identity(of)
+    scores = _scores(context, everything, of, name)
+    scored = [
+        Pair(q.chosen, q.rejected, scores[2 * i], scores[2 * i + 1]) for i, q in enumerate(found)
+    ]
+    mark = {"reference": name}
+    store.write_lines(folder / PAIRS, (store.pair_row(q) | mark for q in scored))
+    first, second = len(sides), len(sides) + len(borrowed)
+    if borrowed:
+        rows = zip(borrowed, scores[first:second], strict=True)
+        store.write_lines(folder / MISMATCHED, (store.scored_row(t, s) | mark for t, s in rows))
+    if rollouts:
+        rows = (
+            store.scored_row(g.trajectory, s) | {"correct": g.verdict.correct} | mark
+            for g, s in zip(rollouts, scores[second:], strict=True)
+        )
+        store.write_lines(folder / ROLLOUTS, rows)
+    return {"pairs": len(scored), "reference": name}
+
+
+def _needs_mismatched(context: Context) -> bool:
+    config = context.config
+    return config.preset.objective == "unpaired" and config.train.kl == "mismatched"
+
+
+def _scores(
+    context: Context, trajectories: Sequence[Trajectory], of: Sources, name: str
+) -> list[Float[np.ndarray, " length"]]:
+    if context.config.train.reference_log_probs == "in_step":
+        return [np.zeros(len(t.ids), np.float32) for t in trajectories]
+    items = [packing.item(t, "sampled") for t in trajectories]
+    batch = 2 * context.config.train.batch_pairs
+    parts = []
+    for path, weight in of:
+        params = context.load(path)
+        if len(of) == 1 and fingerprint(params) != name:
+            raise ConfigError(
+                f"{path}: its fingerprint is {fingerprint(params)}, but its stage wrote {name}; "
+                "expected the parameters as they were written"
+            )
+        values = context.trainer().score(params, items, batch)
+        parts.append([np.log(weight) + v.astype(np.float64) for v in values])
+    # Of several policies: the mixture of their probabilities, token by token.
+    return [np.logaddexp.reduce(v).astype(np.float32) for v in zip(*parts, strict=True)]
+
+
+def _mismatched(sides: Sequence[Trajectory]) -> list[Trajectory]:
+    """[i]: the prompt of side i with another problem's completion."""
+    rows = mismatched_rows([t.problem_id for t in sides])
+    return [packing.mismatched(sides[i], sides[j]) for i, j in enumerate(rows)]
+
+
+def _unselected(context: Context, folder: Path, pairs: int) -> list[Graded]:
+    """Rollouts of this iteration that no filter, but for length and an unknown verdict, has seen."""
+    length, most = context.config.train.row_length, context.config.term_c.rollouts * pairs
+    kept: list[tuple[bytes, Graded]] = []
+    for file in sorted((folder.parent / "rollout").glob("*.jsonl.gz")):
+        for graded in map(store.graded_from, store.read_lines(file)):
+            if len(graded.trajectory.ids) <= length and graded.verdict.label != "unknown":
+                key = f"{context.config.seed}/{graded.trajectory.key}"
+                kept.append((hashlib.sha256(key.encode()).digest(), graded))
+    return [graded for _, graded in sorted(kept, key=lambda entry: entry[0])[:most]]

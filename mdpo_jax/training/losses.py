@@ -1,0 +1,223 @@
+"""What one micro-batch adds to the step's loss and metrics; where log-probs meet the objectives."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from mdpo_jax import objectives
+from mdpo_jax.model import transformer
+from mdpo_jax.model.families import ModelConfig
+from mdpo_jax.training import value
+from mdpo_jax.training.value import ValueTerm
+from mdpo_jax.types import ACTION_PARTS, Part
+
+Arrays = dict[str, Any]
+# Metrics that are maxima over pairs; all others are sums whose weights already hold the counts.
+MAXIMA = ("log_ratio/max_abs",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What a step minimises, and how (`config.Train` explains the fields).
+
+    kind: `pairs` is M-DPO (eq. 14), `unpaired` M-KTO (eq. 15), `likelihood` SFT and RAFT; which
+    tokens count, and hence whether it is the single-turn version, is in the batch's weights.
+    value: term (C) by a value head.  turns: how many turns have metrics of their own; later ones
+    are counted with the last.
+    """
+
+    kind: Literal["pairs", "unpaired", "likelihood"]
+    eta: float = 0.1
+    nll_weight: float = 0.0
+    loss: Literal["sigmoid", "ipo", "hinge", "robust"] = "sigmoid"
+    label_smoothing: float = 0.0
+    length_normalised: bool = False
+    lambda_correct: float = 1.0
+    lambda_wrong: float = 1.0
+    kl: Literal["mismatched", "batch_mean", "zero"] = "mismatched"
+    observation_ce_weight: float = 0.0
+    value: ValueTerm | None = None
+    turns: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Forward:
+    """How the trainer runs the model: compute type, remat policy, head chunk, attention backend."""
+
+    dtype: str = "float32"
+    remat: str = "none"
+    logprob_chunk: int = 2048
+    attention: str = "auto"
+
+
+def scored(
+    config: ModelConfig, forward: Forward, params: Any, micro: Arrays
+) -> tuple[Float[Array, "rows length"], Float[Array, "rows length width"]]:
+    """Log-prob of every token given those before it in its segment, and the last hidden states.
+
+    The log-prob is 0 at column 0; that of a segment's first token is meaningless and must carry
+    weight 0 (it is a prompt token by construction).
+    """
+    hidden = transformer.hidden_states(
+        config, params, micro["tokens"], micro["positions"], micro["segments"],
+        dtype=jnp.dtype(forward.dtype), remat=forward.remat, backend=forward.attention,
+    )  # fmt: skip
+    rows, length, width = hidden.shape
+    values = objectives.token_log_probs(
+        hidden[:, :-1].reshape(rows * (length - 1), width),
+        transformer.unembedding(params),
+        micro["tokens"][:, 1:].reshape(-1),
+        chunk=forward.logprob_chunk,
+        softcap=config.logit_cap,
+    )
+    return jnp.pad(values.reshape(rows, length - 1), ((0, 0), (1, 0))), hidden
+
+
+def log_probs(
+    config: ModelConfig, forward: Forward, params: Any, micro: Arrays
+) -> Float[Array, "rows length"]:
+    """The first of `scored`."""
+    return scored(config, forward, params, micro)[0]
+
+
+def totals(batch: Arrays) -> Arrays:
+    """What the whole batch's sums are divided by; at least 1 each, but for correct and wrong."""
+    mask = batch["sequence_mask"]
+    correct = jnp.sum(batch["correct"] * mask)
+    counts = {
+        "pairs": jnp.sum(batch["pair_mask"]),
+        "tokens": jnp.sum(batch["weights"]),
+        "sequences": jnp.sum(mask),
+        "observations": jnp.sum(batch["parts"] == Part.OBSERVATION),
+        "readouts": sum(jnp.sum(m) for m in value.readouts(batch)),
+    }
+    counts = {name: jnp.maximum(count, 1) for name, count in counts.items()}
+    share = 1 / counts["sequences"]
+    return counts | {"correct": correct * share, "wrong": (jnp.sum(mask) - correct) * share}
+
+
+def by_sequence(per_token: Array, micro: Arrays) -> Float[Array, " sequences"]:
+    """[R L] -> sums over each sequence's tokens."""
+    slots = micro["sequence_mask"].shape[0]
+    flat = jax.ops.segment_sum(
+        per_token.reshape(-1), micro["segments"].reshape(-1), num_segments=slots + 1
+    )
+    return flat[1:]  # segment 0 is padding
+
+
+def micro_loss(
+    config: ModelConfig, forward: Forward, objective: Objective, params: Any, head: Any,
+    micro: Arrays, totals: Arrays,
+) -> tuple[Float[Array, ""], Arrays]:  # fmt: skip
+    """This micro-batch's share of the step's loss and metrics; shares add up over micro-batches.
+
+    head: of `objective.value`, else None.
+    """
+    values, hidden = scored(config, forward, params, micro)
+    policy = by_sequence(values * micro["weights"], micro)
+    if objective.kind == "likelihood":
+        loss = -jnp.sum(policy) / totals["tokens"]
+        metrics = {"logps/mean": -loss}
+    else:
+        ratios = (values - micro["reference"]) * micro["weights"]
+        share = _pairs if objective.kind == "pairs" else _unpaired
+        term = None if head is None else (head, hidden)
+        loss, metrics = share(objective, policy, ratios, micro, totals, term)
+    if objective.observation_ce_weight:
+        seen = micro["parts"] == Part.OBSERVATION
+        metrics["loss/observation_ce"] = -jnp.sum(values * seen) / totals["observations"]
+        loss += objective.observation_ce_weight * metrics["loss/observation_ce"]
+    return loss, metrics | {"loss": loss}
+
+
+def _pairs(
+    objective: Objective, policy: Array, ratios: Array, micro: Arrays, totals: Arrays, term: Any
+) -> tuple[Float[Array, ""], Arrays]:
+    chosen, rejected = micro["chosen"], micro["rejected"]
+    weights = micro["pair_mask"] / totals["pairs"]
+    log_ratio, tokens = by_sequence(ratios, micro), by_sequence(micro["weights"], micro)
+    margin, extra = micro["margin"], {}
+    if objective.value is not None:
+        head, hidden = term
+        c, fit, extra = value.term_c_and_loss(
+            objective.value, head, hidden, jax.lax.stop_gradient(objective.eta * ratios), micro,
+            totals,
+        )  # fmt: skip
+        margin += c[rejected] - c[chosen]
+        extra["loss/value"] = fit
+    lengths = (tokens[chosen], tokens[rejected]) if objective.length_normalised else None
+    loss, metrics = objectives.mdpo_loss(
+        log_ratio[chosen], log_ratio[rejected], eta=objective.eta, kind=objective.loss,
+        label_smoothing=objective.label_smoothing, margin=margin, weights=weights, lengths=lengths,
+    )  # fmt: skip
+    nll = objectives.nll_loss(policy[chosen], tokens[chosen], weights=weights)
+    both = jnp.abs(jnp.stack([log_ratio[chosen], log_ratio[rejected]])) * micro["pair_mask"]
+    metrics |= extra | {
+        "loss/preference": loss,
+        "loss/nll": nll,
+        "logps/chosen": jnp.sum(weights * policy[chosen]),
+        "logps/rejected": jnp.sum(weights * policy[rejected]),
+        "log_ratio/mean_abs": jnp.sum(weights * both) / 2,
+        "log_ratio/max_abs": jnp.max(both),
+        "term_c/margin_mean_abs": jnp.sum(weights * jnp.abs(margin)),
+    }
+    metrics["displacement"] = metrics["rewards/chosen"] / objective.eta
+    nothing = jnp.zeros_like(policy)
+    for side, slots in (("chosen", chosen), ("rejected", rejected)):
+        share = nothing.at[slots].add(weights)
+        metrics |= _split(objective, side, ratios, share, micro)
+    loss += objective.nll_weight * nll
+    if objective.value is not None:
+        loss += objective.value.weight * extra["loss/value"]
+    return loss, metrics
+
+
+def _unpaired(
+    objective: Objective, policy: Array, ratios: Array, micro: Arrays, totals: Arrays, term: Any
+) -> tuple[Float[Array, ""], Arrays]:
+    del term  # (C) has no place in KTO
+    log_ratio, mask = by_sequence(ratios, micro), micro["sequence_mask"]
+    weights = mask / totals["sequences"]
+    loss, metrics = objectives.mkto_loss(
+        log_ratio, micro["correct"], totals["kl"], eta=objective.eta,
+        lambda_correct=objective.lambda_correct, lambda_wrong=objective.lambda_wrong,
+        weights=weights, totals=(totals["correct"], totals["wrong"]),
+    )  # fmt: skip
+    metrics |= {
+        "loss/preference": loss,
+        "log_ratio/mean_abs": jnp.sum(weights * jnp.abs(log_ratio)),
+        "log_ratio/max_abs": jnp.max(jnp.abs(log_ratio) * mask),
+    }
+    metrics["displacement"] = metrics["rewards/chosen"] / objective.eta
+    for side, member, total in (
+        ("chosen", micro["correct"], totals["correct"]),
+        ("rejected", 1 - micro["correct"], totals["wrong"]),
+    ):
+        # Means over the class; NaN without one, as mkto_loss has them.
+        share = jnp.where(total > 0, member * weights / jnp.where(total > 0, total, 1), jnp.nan)
+        metrics[f"logps/{side}"] = jnp.sum(share * policy)
+        metrics |= _split(objective, side, ratios, share, micro)
+    return loss, metrics
+
+
+def _split(
+    objective: Objective, side: str, ratios: Array, share: Float[Array, " sequences"], micro: Arrays
+) -> Arrays:
+    """A side's mean log-ratio, in nats, cut by turn and by what the action's tokens are."""
+    per_token = ratios * jnp.pad(share, (1, 0))[micro["segments"]]
+    turns = jnp.clip(micro["turns"], 0, objective.turns)
+
+    def cut(buckets: Array, count: int) -> Array:
+        return jax.ops.segment_sum(
+            per_token.reshape(-1), buckets.reshape(-1), num_segments=count + 1
+        )
+
+    by_turn, by_part = cut(turns, objective.turns), cut(micro["parts"], len(Part))
+    names = {f"turn_{t}": by_turn[t] for t in range(1, objective.turns + 1)}
+    names |= {part.name.lower(): by_part[part] for part in ACTION_PARTS}
+    return {f"log_ratio/{side}/{name}": found for name, found in names.items()}

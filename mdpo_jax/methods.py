@@ -67,7 +67,9 @@ def inconsistency(name: str, train: Any, term_c: Any, sft_steps: int) -> str | N
             "mdpo_fixed_ref or mdpo_nll"
         )
     if term_c.kind == "monte_carlo" and train.reference == "mixture":
-        return "term_c.kind=monte_carlo samples the reference; expected train.reference=updated or fixed"
+        return (
+            "term_c.kind=monte_carlo samples one policy; expected train.reference=updated or fixed"
+        )
     if train.reference_log_probs == "in_step" and train.reference == "mixture":
         return "train.reference_log_probs=in_step holds one policy; expected stored with a mixture"
     for kind in (k for k in _OWN if k != method.objective):

@@ -116,7 +116,7 @@ def table(runs: dict[str, list[Path]], seeds: list[int]) -> list[dict[str, Any]]
 
 def main() -> None:
     """Run, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--run", action="append", required=True)

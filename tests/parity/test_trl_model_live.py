@@ -8,12 +8,11 @@ docstrings of `mdpo_loss` and `mkto_loss` say:
 - TRL finds where the completion starts by the longest common prefix of tokenised texts, and counts
   all that follows; ours reads the roles, and never tokenises what the policy wrote.
 - TRL appends an EOS to text that lacks one and counts it; ours trains what was sampled.
-- TRL truncates at `max_length` (1024, silently); ours drops over-long trajectories and counts them.
+- TRL truncates at `max_length` (1024, silently); ours drops what is too long, whole, and counts it.
 - TRL shifts completions by one row for the KL of KTO, which can match a prompt with a completion of
   the same problem; `mismatched_rows` never does if it can be helped.
 - TRL scores the reference beside the policy at each step, or stores a sum a sequence; ours stores a
   value a token, so that mask and weights may change afterwards.
-- TRL's KTO reports `logps/*` as means over a class, and no accuracies.
 """
 
 import numpy as np

@@ -80,17 +80,22 @@ def per_token(model, items):
     return [by_slot[slot] for slot in _slots(batch, items)]
 
 
+@jax.jit
+def _by_sequence(values, reference, weights, segments):
+    """[slots + 1, 3]: log-prob, log-ratio, tokens; slot 0 is padding."""
+    columns = jnp.stack([values, values - reference, jnp.ones_like(values)], -1)
+    weighted = (columns * weights[..., None]).reshape(-1, 3)
+    return jax.ops.segment_sum(weighted, segments.reshape(-1), num_segments=LAYOUT.sequences + 1)
+
+
 def summed(config, params, items):
     """(log-prob, log-ratio, tokens) of each item, summed by weight as the step sums them."""
     batch = pack([[entry] for entry in items], LAYOUT)
-    count = LAYOUT.sequences
     sums = []
     for m, micro in _micros(batch):
         values = _log_probs(config, FORWARD, params, micro)
-        columns = jnp.stack([values, values - batch.reference[m], jnp.ones_like(values)], -1)
-        weighted = (columns * batch.weights[m][..., None]).reshape(-1, 3)
-        segments = micro["segments"].reshape(-1)
-        sums.append(jax.ops.segment_sum(weighted, segments, num_segments=count + 1)[1:])
+        own = batch.reference[m], batch.weights[m], micro["segments"]
+        sums.append(_by_sequence(values, *own)[1:])
     return jnp.concatenate(sums)[_slots(batch, items)].T
 
 

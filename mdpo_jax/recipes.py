@@ -89,39 +89,48 @@ def parse(arguments: Sequence[str]) -> Config:
     config = load_recipe(names[0])
     if "--smoke" in arguments:
         config = smoke(config)
+    overrides: list[tuple[str, str]] = []
     for argument in arguments:
         if argument.startswith("--config=") or argument == "--smoke":
             continue
         path, equals, value = argument.removeprefix("--config.").partition("=")
         if not argument.startswith("--config.") or not equals:
             raise ConfigError(f"{argument}: unknown argument; expected --config.FIELD=VALUE")
-        config = override(config, path, value)
-    return config
+        overrides.append((path, value))
+    return overridden(config, overrides) if overrides else config
 
 
-def override(config: Any, path: str, value: str, whole: str | None = None) -> Any:
-    """`config` with the field at the dotted `path` replaced by the parsed `value`."""
-    whole = whole or path
+def overridden(config: Config, overrides: Sequence[tuple[str, str]]) -> Config:
+    """`config` with fields, by their dotted paths, replaced by parsed values.
+
+    Validated once, as a whole: the order of overrides does not matter.
+    """
+    fields = config.as_dict()
+    for path, value in overrides:
+        _set(fields, type(config), path, value, path)
+    return from_dict(fields, type(config))
+
+
+def _set(fields: dict[str, Any], kind: Any, path: str, value: str, whole: str) -> None:
     head, _, rest = path.partition(".")
-    hints = typing.get_type_hints(type(config))
+    hints = typing.get_type_hints(kind)
     if head not in hints:
         raise ConfigError(
-            f"--config.{whole}: unknown field {head!r} of {type(config).__name__}"
+            f"--config.{whole}: unknown field {head!r} of {kind.__name__}"
             f"{_closest(head, list(hints))}"
         )
-    current = getattr(config, head)
-    if dataclasses.is_dataclass(current):
+    if dataclasses.is_dataclass(hints[head]):
         if not rest:
-            known = ", ".join(f.name for f in dataclasses.fields(current))
+            known = ", ".join(f.name for f in dataclasses.fields(hints[head]))
             raise ConfigError(f"--config.{whole}={value}: {head} is a section; fields: {known}")
-        return dataclasses.replace(config, **{head: override(current, rest, value, whole)})
+        _set(fields[head], hints[head], rest, value, whole)
+        return
     if rest:
         raise ConfigError(f"--config.{whole}: {head} has no field {rest!r}; it is a single value")
     try:
-        parsed = _convert(hints[head], value)
+        fields[head] = _convert(hints[head], value)
     except ValueError as error:
         raise ConfigError(f"--config.{whole}={value}: expected {error}") from None
-    return dataclasses.replace(config, **{head: parsed})
 
 
 def describe(config: Any, prefix: str = "--config.") -> list[tuple[str, str, str]]:

@@ -1,6 +1,7 @@
 import pytest
 
 from mdpo_jax.config import ConfigError
+from mdpo_jax.methods import METHODS
 from mdpo_jax.recipes import describe, differences, from_dict, load_recipe, parse
 
 
@@ -24,7 +25,7 @@ def test_overrides_are_typed_and_nested():
         ("--config.train.eta=-1", "train.eta=-1.0: expected more than 0"),
         ("--config.seed=1.5", "expected int"),
         ("--config.tool.cache=yes", "expected true or false"),
-        ("--config.method=ppo", "expected one of mdpo, dpo, raft"),
+        ("--config.method=ppo", "expected one of sft, raft, dpo, kto, mdpo, mdpo_fixed_ref, mkto"),
         ("--config.model.chat=vicuna", "expected one of auto, gemma, mistral, mistral-instruct"),
         ("--config.train=1", "train is a section; fields: eta"),
         ("--config.seed.x=1", "seed has no field 'x'"),
@@ -41,7 +42,9 @@ def test_a_wrong_override_is_told_in_one_line(argument, message):
 
 
 def test_an_unknown_recipe_suggests_the_nearest():
-    with pytest.raises(ConfigError, match=r"did you mean 'tiny'\?; known: gemma7b, tiny"):
+    with pytest.raises(
+        ConfigError, match=r"did you mean 'tiny'\?; known: gemma7b, tiny, tiny_stochastic"
+    ):
         parse(["--config=tinny"])
 
 
@@ -55,7 +58,8 @@ def test_gemma7b_holds_the_papers_settings():
     assert (c.rollout.samples, c.rollout.previous_samples, c.rollout.max_turns) == (20, 10, 6)
     assert (c.rollout.turn_tokens, c.rollout.trajectory_tokens) == (512, 2048)
     assert (c.train.eta, c.train.learning_rate, c.train.batch_pairs) == (0.1, 4e-7, 32)
-    assert (c.train.warmup_steps, c.train.reference, c.iterations) == (40, "updated", 3)
+    assert (c.train.warmup_steps, c.train.reference, c.iterations) == (40, "preset", 3)
+    assert (c.reference, c.nll_weight) == ("updated", 0)
 
 
 def test_the_fingerprint_ignores_the_place_and_sees_the_rest():
@@ -68,11 +72,11 @@ def test_the_fingerprint_ignores_the_place_and_sees_the_rest():
 
 def test_every_field_is_described():
     rows = {flag: (kind, value) for flag, kind, value in describe(load_recipe("tiny"))}
-    assert rows["--config.method"] == ("one of mdpo, dpo, raft", "'mdpo'")
+    assert rows["--config.method"] == (f"one of {', '.join(METHODS)}", "'mdpo'")
     assert rows["--config.model.path"][0] == "str or none"
 
 
-@pytest.mark.parametrize("name", ["tiny", "gemma7b"])
+@pytest.mark.parametrize("name", ["tiny", "tiny_stochastic", "gemma7b"])
 def test_a_config_comes_back_from_its_dict(name):
     config = load_recipe(name)
     assert from_dict(config.as_dict()) == config
@@ -88,9 +92,53 @@ def test_a_config_comes_back_from_its_dict(name):
         "problems.steps=0,0", "tool.timeout=0", "evaluate.pass_samples=0", "mesh.data=0",
         "model.num_kv_heads=3", "model.head_dim=7", "model.vocab_size=20", "train.beta2=1",
         "sft.previous_fraction=2", "seed=-1", "lora.rank=-1", "lora.alpha=0", "lora.targets=c_attn",
+        "train.nll_weight=-1", "train.turn_discount=0", "train.label_smoothing=0.5",
+        "train.mixture=2", "train.lambda_wrong=0", "train.observation_ce_weight=-1",
+        "train.displacement_alarm=-1", "problems.fault=2", "term_c.utility=0",
+        "term_c.continuations=0", "term_c.weight=0",
     ],
 )  # fmt: skip
 def test_a_value_out_of_range_is_named_with_what_is_accepted(argument):
     field, value = argument.split("=")
     with pytest.raises(ConfigError, match=rf"config\.{field}=.*{value.split(',')[0]}.*: expected "):
         parse(["--config=tiny", f"--config.{argument}"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("method=sft sft.steps=0 model.path=x", "trains nothing with sft.steps=0"),
+        ("train.nll_weight=1", "expected none, or method=mdpo_nll"),
+        ("method=mdpo_nll train.nll_weight=0", "expected above 0, or method=mdpo"),
+        ("method=mdpo_fixed_ref train.reference=updated", "expected fixed, or method=mdpo"),
+        ("train.reference=fixed", "method=mdpo_fixed_ref"),
+        ("method=mkto train.nll_weight=1", "no side is chosen"),
+        ("method=mkto train.loss=ipo", "train.loss=ipo is of pairs objectives only"),
+        ("method=kto train.length_normalised=true", "is of pairs objectives only"),
+        ("train.kl=zero", "train.kl=zero is of unpaired objectives only; expected mismatched"),
+        ("method=raft train.lambda_wrong=2", "is of unpaired objectives only"),
+        ("train.loss=hinge train.label_smoothing=0.1", "0 with train.loss=hinge"),
+        ("method=dpo term_c.kind=value", "corrects M-DPO"),
+        ("method=mkto term_c.kind=monte_carlo", "corrects M-DPO"),
+        ("term_c.kind=monte_carlo train.reference=mixture", "samples one policy"),
+        ("train.reference_log_probs=in_step train.reference=mixture", "holds one policy"),
+    ],
+)
+def test_an_inconsistent_combination_is_refused_at_once(overrides, message):
+    with pytest.raises(ConfigError) as caught:
+        parse(["--config=tiny", *(f"--config.{part}" for part in overrides.split())])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_overrides_are_judged_together_whatever_their_order():
+    parts = ["--config.train.kl=zero", "--config.method=mkto"]
+    assert parse(["--config=tiny", *parts]) == parse(["--config=tiny", *reversed(parts)])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_goes_with_the_recipes_as_they_are(method):
+    config = parse(["--config=tiny", f"--config.method={method}"])
+    assert config.reference == ("fixed" if method == "mdpo_fixed_ref" else "updated")
+    assert config.nll_weight == (method == "mdpo_nll")
+    assert config.preset.observations == (method in ("dpo", "kto"))

@@ -303,6 +303,26 @@ def test_values_from_samples_converge():
     assert many < 0.005
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_rollouts_selected_by_their_outcome_give_biased_values(seed):
+    """As many right as wrong rollouts of each prompt, as pairs have them, at the Gibbs policy."""
+    m = mdp(seed, 2)
+    solution = gibbs.solve(m)
+    joint = gibbs.occupancy(m, m.reference)[-1].reshape(2, -1)
+    right = m.utility.reshape(2, -1) > 0
+    share = (joint * right).sum(-1, keepdims=True) / joint.sum(-1, keepdims=True)
+    target = m.utility - m.eta * gibbs.log_ratio(solution.policy, m.reference)[1]
+
+    def regressed_q(rollouts):
+        weights = rollouts.reshape(*solution.q[0].shape, -1)
+        return (weights * target.reshape(weights.shape)).sum(-1) / weights.sum(-1)
+
+    np.testing.assert_allclose(regressed_q(joint), solution.q[0], atol=1e-12)
+    off = regressed_q(joint / np.where(right, share, 1 - share)) - solution.q[0]
+    print(f"\nQ is off by {np.abs(off).max():.2f}", end="")
+    assert np.abs(off).max() > 0.02
+
+
 def test_a_start_with_a_zero_is_refused():
     m = mdp(0, 1)
     data = tabular.bradley_terry(m)

@@ -6,6 +6,7 @@ language model and the sampling noise.  Runs in float64 whatever jax's global se
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -28,6 +29,14 @@ class Pairs(NamedTuple):
     weights: Float[np.ndarray, "contexts trajectories trajectories"]
     margin: Float[np.ndarray, "contexts trajectories trajectories"]
     eta: float
+
+
+class Fit(NamedTuple):
+    """A fitted policy, the (C) of its last round, and max |change of pi| of each round."""
+
+    policy: gibbs.Tables
+    term_c: gibbs.Table
+    changes: tuple[float, ...]
 
 
 class Judged(NamedTuple):
@@ -99,9 +108,10 @@ def trajectory_log_ratio(
 
 
 def minimise(
-    loss: Loss, mdp: gibbs.MDP, data: Any, *, iterations: int = 200, tolerance: float = 1e-13
-) -> gibbs.Tables:
-    """The tabular policy at which `loss(log_ratio, data)` is least, from the reference on.
+    loss: Loss, mdp: gibbs.MDP, data: Any, *, start: gibbs.Tables | None = None,
+    iterations: int = 200, tolerance: float = 1e-13,
+) -> gibbs.Tables:  # fmt: skip
+    """The tabular policy at which `loss(log_ratio, data)` is least.
 
     Saddle-free Newton on the softmax logits: steps by the Hessian's absolute eigenvalues, damped
     until the loss falls.  Directions without curvature (a constant added to a state's logits,
@@ -110,19 +120,22 @@ def minimise(
     Args:
         loss: a module-level function (it is compiled once per function and shapes).
         data: pytree of arrays for `loss`.
+        start: where the search begins, the reference by default.
         iterations: accepted or refused steps at most.
         tolerance: stops once no gradient entry is larger.
 
     Raises:
-        ValueError: a reference with a zero, for the logits start at its logarithm.
+        ValueError: a reference or a start with a zero; logits are logarithms.
     """
-    if any(np.any(table <= 0) for table in mdp.reference):
-        raise ValueError("reference: has a zero; every action needs positive probability")
+    start = mdp.reference if start is None else start
+    for name, tables in (("reference", mdp.reference), ("start", start)):
+        if any(np.any(table <= 0) for table in tables):
+            raise ValueError(f"{name}: has a zero; every action needs positive probability")
     shapes = tuple(table.shape for table in mdp.reference)
     with jax.enable_x64(True):
         reference = tuple(jnp.asarray(table, jnp.float64) for table in mdp.reference)
         evaluate = functools.partial(_derivatives, loss, shapes, reference, data)
-        point = np.concatenate([np.log(table).reshape(-1) for table in mdp.reference])
+        point = np.concatenate([np.log(table).reshape(-1) for table in start])
         value, gradient, hessian = map(np.asarray, evaluate(point))
         damping = 1e-3
         for _ in range(iterations):
@@ -139,6 +152,61 @@ def minimise(
                 damping *= 4
     tables = _tables(point, shapes)
     return tuple(np.exp(t - np.logaddexp.reduce(t, -1, keepdims=True)) for t in tables)
+
+
+def regressed_values(
+    acted: gibbs.MDP, log_ratio: gibbs.Tables
+) -> tuple[Float[np.ndarray, " states"], ...]:
+    """What least squares over rollouts finds for V of a policy with these log-ratios.
+
+    Q_H = u;  Q_h = E_{o_h} V_{h+1};  V_h(s) = E_{a ~ mu} [Q_h(s, a) - eta log_ratio_h(s, a)].
+
+    Args:
+        acted: its `reference` is mu, whoever acted in the rollouts; its tables are exact or the
+            frequencies of draws (`gibbs.sampled`).
+        log_ratio: log pi / pi_ref of each turn, nats, pi_ref the objective's own reference.
+    """
+    q, found = acted.utility, []
+    for turn in reversed(range(acted.horizon)):
+        found.append((acted.reference[turn] * (q - acted.eta * log_ratio[turn])).sum(-1))
+        if turn:
+            observation = acted.observation[turn - 1]
+            q = (observation * found[-1].reshape(observation.shape)).sum(-1)
+    return tuple(reversed(found))
+
+
+def minimise_with_values(
+    mdp: gibbs.MDP,
+    *,
+    sampler: gibbs.Tables | None = None,
+    draw: Callable[[gibbs.MDP], gibbs.MDP] = lambda acted: acted,
+    rounds: int = 100,
+    tolerance: float = 1e-9,
+) -> Fit:
+    """M-DPO with a margin from regressed values, alternated: values of the policy, then its fit.
+
+    C = sum_{h<H} V_{h+1}(s_{h+1}) - Q_h(s_h, a_h) is data in each fit, as if under a stop-gradient.
+
+    Args:
+        sampler: who acts in the pairs and in the rollouts that V is regressed on; by default each
+            round's own policy, with which the rounds converge quadratically.
+        draw: what the rollouts show of the MDP in which that sampler acts, the exact tables by
+            default; called once a round.
+        rounds: at most.
+        tolerance: stops once no probability moves by more.
+    """
+    policy, term_c, changes = mdp.reference, np.zeros_like(mdp.utility), []
+    while len(changes) < rounds and (not changes or changes[-1] > tolerance):
+        acting = policy if sampler is None else sampler
+        acted = draw(dataclasses.replace(mdp, reference=acting))
+        ratio = gibbs.log_ratio(policy, mdp.reference)
+        term_c = gibbs.term_c(acted, regressed_values(acted, ratio))
+        data = bradley_terry(mdp, sampler=acting, term_c=term_c)
+        fitted = minimise(pair_loss, mdp, data, start=policy)
+        moved = (np.abs(new - old).max() for new, old in zip(fitted, policy, strict=True))
+        changes.append(float(max(moved)))
+        policy = fitted
+    return Fit(policy, term_c, tuple(changes))
 
 
 def _tables(point: Any, shapes: tuple[tuple[int, int], ...]) -> tuple[Any, ...]:

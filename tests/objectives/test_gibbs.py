@@ -1,6 +1,7 @@
 """The tabular oracle: its own identities, and the objectives' minimisers against it."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -213,6 +214,120 @@ def test_whole_continuations_are_too_optimistic_but_right_in_the_last_turn():
     for f, e, joint in pairs:
         states = joint.sum(-1) > 0
         np.testing.assert_allclose(f[states], e[states], atol=1e-12)
+
+
+# Values regressed on the policy's own log-ratios
+
+
+def random_rollouts(m):
+    """The MDP in which another random policy acts, and the log-ratios of a random policy."""
+    policy, acting = random_policy(11, m), random_policy(12, m)
+    acted = dataclasses.replace(m, reference=acting)
+    return acted, gibbs.log_ratio(policy, m.reference)
+
+
+def test_regressed_values_are_means_of_the_rest_of_the_rollout():
+    """V_h(s) = E_mu[u - eta sum_{h' >= h} log_ratio_h' | s]: the recursion unrolled to the end."""
+    m = mdp(0, 3)
+    acted, ratio = random_rollouts(m)
+    joint = gibbs.occupancy(acted, acted.reference)[-1]
+    states = [len(table) for table in m.reference]
+    for turn, found in enumerate(tabular.regressed_values(acted, ratio)):
+        rest = tuple(r if h >= turn else 0 * r for h, r in enumerate(ratio))
+        target = m.utility - m.eta * gibbs.along(m, rest)
+        odds, target = joint.reshape(states[turn], -1), target.reshape(states[turn], -1)
+        np.testing.assert_allclose(found, (odds * target).sum(-1) / odds.sum(-1), atol=1e-12)
+
+
+def test_at_the_gibbs_policy_regressed_values_are_the_soft_ones_whoever_acts():
+    m = mdp(0, 3)
+    solution = gibbs.solve(m)
+    acted, _ = random_rollouts(m)
+    found = tabular.regressed_values(acted, gibbs.log_ratio(solution.policy, m.reference))
+    for value, exact in zip(found, solution.v, strict=True):
+        np.testing.assert_allclose(value, exact, atol=1e-12)
+
+
+@pytest.mark.parametrize(("horizon", "seeds"), [(2, 5), (3, 4), (4, 1)])
+def test_values_of_its_own_bring_m_dpo_to_the_gibbs_policy(horizon, seeds):
+    """Where plain is off: in as many steps as Newton's method, without the oracle's C."""
+    for seed in range(seeds):
+        m = mdp(seed, horizon, contexts=2 if horizon == 2 else 1)
+        solution = gibbs.solve(m)
+        fit = tabular.minimise_with_values(m, rounds=4)
+        off = distance(m, fit.policy, solution.policy)
+        plain = tabular.minimise(tabular.pair_loss, m, tabular.bradley_terry(m))
+        print(f"\nH={horizon} seed {seed}: |delta pi| {off:.0e}", end="; rounds")
+        print("".join(f" {change:.0e}" for change in fit.changes), end="")
+        assert off <= 1e-4
+        assert distance(m, plain, solution.policy) > 0.03
+        exact = gibbs.decompose(m, solution).c
+        np.testing.assert_allclose(fit.term_c, exact, atol=1e-3)
+
+
+def test_a_fixed_sampler_gives_the_same_policy_in_more_rounds():
+    m = mdp(0, 2)
+    best = gibbs.solve(m).policy
+    rounds = []
+    for sampler in (None, m.reference, random_policy(1, m), random_policy(2, m)):
+        fit = tabular.minimise_with_values(m, sampler=sampler)
+        assert distance(m, fit.policy, best) <= 1e-6
+        rounds.append(len(fit.changes))
+    print(f"\nrounds: {rounds}")
+    assert rounds[0] <= 6
+    assert all(10 <= others < 100 for others in rounds[1:])
+
+
+def test_new_samples_alone_do_not_replace_term_c():
+    """Plain M-DPO on fresh pairs of each round's policy, with the rounds that suffice with C."""
+    m = mdp(0, 2)
+    policy = m.reference
+    for _ in range(6):
+        data = tabular.bradley_terry(m, sampler=policy)
+        policy = tabular.minimise(tabular.pair_loss, m, data, start=policy)
+    assert distance(m, policy, gibbs.solve(m).policy) > 0.1
+
+
+def test_values_from_samples_converge():
+    m = mdp(0, 3, contexts=1)
+    best = gibbs.solve(m).policy
+    rng = np.random.default_rng(0)
+
+    def error(samples):
+        draw = functools.partial(gibbs.sampled, samples=samples, rng=rng)
+        return distance(m, tabular.minimise_with_values(m, draw=draw, rounds=4).policy, best)
+
+    few, more, many = map(error, (16, 1_000, 100_000))
+    print(f"\n16 samples {few:.3f}, 1,000 {more:.4f}, 100,000 {many:.5f}")
+    assert many < 0.3 * more < 0.1 * few
+    assert many < 0.005
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rollouts_selected_by_their_outcome_give_biased_values(seed):
+    """As many right as wrong rollouts of each prompt, as pairs have them, at the Gibbs policy."""
+    m = mdp(seed, 2)
+    solution = gibbs.solve(m)
+    joint = gibbs.occupancy(m, m.reference)[-1].reshape(2, -1)
+    right = m.utility.reshape(2, -1) > 0
+    share = (joint * right).sum(-1, keepdims=True) / joint.sum(-1, keepdims=True)
+    target = m.utility - m.eta * gibbs.log_ratio(solution.policy, m.reference)[1]
+
+    def regressed_q(rollouts):
+        weights = rollouts.reshape(*solution.q[0].shape, -1)
+        return (weights * target.reshape(weights.shape)).sum(-1) / weights.sum(-1)
+
+    np.testing.assert_allclose(regressed_q(joint), solution.q[0], atol=1e-12)
+    off = regressed_q(joint / np.where(right, share, 1 - share)) - solution.q[0]
+    print(f"\nQ is off by {np.abs(off).max():.2f}", end="")
+    assert np.abs(off).max() > 0.02
+
+
+def test_a_start_with_a_zero_is_refused():
+    m = mdp(0, 1)
+    data = tabular.bradley_terry(m)
+    with pytest.raises(ValueError, match="start: has a zero"):
+        tabular.minimise(tabular.pair_loss, m, data, start=(np.eye(2),))
 
 
 def test_one_turn_is_dpo():

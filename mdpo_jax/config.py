@@ -440,6 +440,11 @@ class Config:
         return METHODS[self.method]
 
     @property
+    def last_iteration(self) -> int:
+        """0 for a method that has none."""
+        return 0 if self.preset.objective == "none" else self.iterations
+
+    @property
     def reference(self) -> str:
         """updated, fixed or mixture."""
         chosen = self.train.reference

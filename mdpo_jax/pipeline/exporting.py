@@ -125,7 +125,7 @@ def _step_of_run(run: Path, iteration: int | None) -> Step:
     if not folder.is_dir():
         raise ConfigError(
             f"--iteration={iteration}: {run / stage} has no parameters; expected 0 (SFT) to "
-            f"{files.read_config(run).iterations} of a run that got so far"
+            f"{files.read_config(run).last_iteration} of a run that got so far"
         )
     return Step(run.absolute(), folder)
 

@@ -33,7 +33,7 @@ def _run(context: Context) -> dict[str, Any]:
     config, directory = context.config, context.directory
     stage(directory / "problems", lambda f: stages.prepare_problems(context, f))
     dev, test = (stages.read_problems(context, name) for name in ("dev", "test"))
-    last = config.iterations if config.preset.objective != "none" else 0
+    last = config.last_iteration
     sft = directory / "sft"
     with _timed(context, "SFT", config.sft.steps) as advance:
         stage(sft, lambda f: stages.sft(context, f, advance))
@@ -67,7 +67,7 @@ def evaluate_again(config: Config, iteration: int, split: str) -> list[dict[str,
     if not (folder / stages.PARAMS).is_dir():
         raise ConfigError(
             f"--iteration={iteration}: {folder} has no parameters; expected 0 (SFT) to "
-            f"{config.iterations} of a run that got so far"
+            f"{config.last_iteration} of a run that got so far"
         )
     name = config.method if iteration else "sft"
     with open_run(config), contextlib.closing(Context(config, directory)) as context:

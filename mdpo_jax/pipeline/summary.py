@@ -33,7 +33,7 @@ def write_report(config: Config) -> Path:
     ]
     curves = {
         f"iteration {t}": read_metrics(path)
-        for t in range(1, config.iterations + 1)
+        for t in range(1, config.last_iteration + 1)
         if (path := directory / f"iteration-{t}" / "train" / "metrics.jsonl").exists()
     }
     report = Report(
@@ -60,11 +60,10 @@ def _samples(config: Config) -> Iterator[SampleTrajectory]:
     tokenizer = AutoTokenizer.from_pretrained(export)
     path = config.directory / "problems" / "test.jsonl.gz"
     problems = {p.id: p for p in map(store.problem_from, store.read_lines(path))}
-    last = config.iterations
-    for name, folder in (
-        ("SFT", "sft-test"),
-        (f"iteration {last}", f"iteration-{last}/train-test"),
-    ):
+    last, folders = config.last_iteration, {"SFT": "sft-test"}
+    if last:
+        folders[f"iteration {last}"] = f"iteration-{last}/train-test"
+    for name, folder in folders.items():
         rows = store.read_lines(config.directory / folder / "test-greedy.jsonl.gz")
         for row, _ in zip(rows, range(config.evaluate.shown), strict=False):
             trajectory, verdict = store.graded_from(row)

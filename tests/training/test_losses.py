@@ -147,7 +147,9 @@ def test_no_gradient_goes_through_the_reference_point():
     stand_ins = put(pack([[i.mismatched] for i in items], LAYOUT), None)
     groups = [[i] for i in items]
     objective = Objective("unpaired", 0.05)
-    gradients, metrics = result(objective, groups, mismatched=stand_ins)
+    params = tables()
+    params["table"] = params["table"] + 0.1
+    gradients, metrics = result(objective, groups, params, mismatched=stand_ins)
     kl = float(metrics["kl"])
     assert kl > 0
 
@@ -158,8 +160,37 @@ def test_no_gradient_goes_through_the_reference_point():
             total += jax.nn.sigmoid((-1 if entry.correct else 1) * 0.05 * (ratio - kl))
         return total / len(items)
 
-    expected = jax.grad(by_hand)(jnp.asarray(tables()["table"]))
+    expected = jax.grad(by_hand)(jnp.asarray(params["table"]))
     np.testing.assert_allclose(gradients["table"], expected, atol=1e-6)
+
+
+FINITE = [
+    Objective("pairs", 0.3, nll_weight=0.2, observation_ce_weight=0.1),
+    Objective("pairs", 0.3, loss="ipo", length_normalised=True),
+    Objective("pairs", 0.3, loss="robust", label_smoothing=0.2),
+    Objective("unpaired", 0.05, kl="zero", lambda_wrong=1.3),
+    Objective("likelihood"),
+]
+
+
+@pytest.mark.parametrize("objective", FINITE)
+def test_gradients_agree_with_finite_differences_in_float64(objective):
+    items = made(4)
+    groups = pairs_of(items) if objective.kind == "pairs" else [[i] for i in items]
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        params = {name: value.astype(np.float64) for name, value in tables().items()}
+        way = rng.normal(0, 1, params["table"].shape)
+        gradients, _ = result(objective, groups, params)
+        up, down = (
+            float(
+                result(objective, groups, params | {"table": params["table"] + e * way})[1]["loss"]
+            )
+            for e in (1e-6, -1e-6)
+        )
+    slope = float(np.sum(np.asarray(gradients["table"], np.float64) * way))
+    assert (up - down) / 2e-6 == pytest.approx(slope, rel=1e-5)
+    assert abs(slope) > 1e-3
 
 
 @pytest.mark.parametrize("kind", ["pairs", "unpaired"])

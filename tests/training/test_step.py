@@ -1,5 +1,6 @@
 """The step against an unpacked float64 reference, under every mesh and accumulation."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,11 +11,13 @@ from support import model_config, params, trajectories
 
 from mdpo_jax.data.packing import Layout, item, pack, pair_items
 from mdpo_jax.model import sharding, transformer
+from mdpo_jax.training import losses
 from mdpo_jax.training.losses import Forward, Objective, log_probs
 from mdpo_jax.training.state import Optimiser, init_state, schedule
 from mdpo_jax.training.step import loss_and_gradients, make_step, put
 from mdpo_jax.training.trainer import Plan, StepZeroError, Trainer, copy_params, shuffled
-from mdpo_jax.types import Pair, Role
+from mdpo_jax.training.value import ValueTerm
+from mdpo_jax.types import Pair, Part, Role
 
 LAYOUT = Layout(8, 224, 16)
 PAIRS_OBJECTIVE = Objective("pairs", eta=0.5, nll_weight=0.3)
@@ -113,6 +116,70 @@ def test_gradient_is_exactly_zero_at_observations_and_prompts():
     assert (t.roles == Role.OBSERVATION).any()
 
 
+@pytest.mark.parametrize("kind", ["pairs", "unpaired"])
+def test_the_gradient_in_the_logits_is_zero_but_where_an_action_is_predicted(kind, monkeypatch):
+    """Exactly, through the transformer, the loss and the packing."""
+    found = [pair_items(p, "sampled") for p in pairs()[:2]]
+    groups = found if kind == "pairs" else [[side] for pair in found for side in pair]
+    arrays = put(pack(groups, Layout(4, 224, 4)), None)
+    kl = "zero" if kind == "unpaired" else "mismatched"
+    # So small an eta that no sigmoid is flat.
+    objective = Objective(kind, eta=1e-3, nll_weight=0.3 * (kind == "pairs"), kl=kl)
+
+    p = params()
+
+    def scored(config, forward, delta, micro):
+        hidden = transformer.hidden_states(
+            config, p, micro["tokens"], micro["positions"], micro["segments"]
+        )
+        values = jax.nn.log_softmax(transformer.logits(config, p, hidden) + delta)
+        picked = jnp.take_along_axis(values[:, :-1], micro["tokens"][:, 1:, None], -1)[..., 0]
+        return jnp.pad(picked, ((0, 0), (1, 0))), hidden
+
+    monkeypatch.setattr(losses, "scored", scored)
+    delta = jnp.zeros((4, 224, model_config().vocab_size))
+    gradient, _ = jax.jit(
+        lambda d, b: loss_and_gradients(model_config(), Forward(), objective, d, b)
+    )(delta, arrays)
+    parts, segments = (np.asarray(arrays[name][0]) for name in ("parts", "segments"))
+    ahead = np.pad(parts[:, 1:], ((0, 0), (0, 1)))  # of the token that a place predicts
+    same = segments == np.pad(segments[:, 1:], ((0, 0), (0, 1)))
+    moved = np.asarray(jnp.any(gradient != 0, -1))
+    np.testing.assert_array_equal(moved, (ahead == Part.TEXT) & same)
+    assert set(np.unique(parts)) == {0, Part.TEXT, Part.OBSERVATION, Part.TEMPLATE}
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 1)])
+def test_kto_s_reference_point_is_gathered_over_the_mesh(shape):
+    """An odd batch: three sequences, and a reference point of five."""
+    scores = trainer().score(params(), [item(t, "sampled") for t in trajectories()], 4)
+    items = [
+        item(t, "sampled", reference=s * (1.1 if t.sample % 2 else 1.05))._replace(
+            correct=t.sample % 3 == 0
+        )
+        for t, s in zip(trajectories(), scores, strict=True)
+    ]
+    groups, beside = [[i] for i in items[:3]], [[i] for i in items[3:8]]
+    objective = Objective("unpaired", eta=0.01)
+
+    def run(p, mesh):
+        return jax.jit(
+            lambda p, b, k: loss_and_gradients(
+                model_config(), Forward(), objective, p, b, mismatched=k
+            )
+        )(p, put(pack(groups, LAYOUT), mesh), put(pack(beside, LAYOUT), mesh))
+
+    one, expected = run(params(), None)
+    assert float(expected["kl"]) > 1
+    mesh = sharding.make_mesh(*shape)
+    sharded = jax.device_put(params(), sharding.param_shardings(model_config(), mesh))
+    with jax.set_mesh(mesh):
+        many, metrics = run(sharded, mesh)
+    for name in ("loss", "kl", "rewards/chosen", "rewards/rejected"):
+        assert float(metrics[name]) == pytest.approx(float(expected[name]), rel=1e-5)
+    close(many, one)
+
+
 def test_later_log_probs_see_the_observation():
     t = trajectories()[0]
     place = int(np.flatnonzero(t.roles == Role.OBSERVATION)[3])
@@ -158,6 +225,40 @@ def test_step_zero_is_ln_2_and_the_loss_falls_without_new_programs():
     again, _, _ = fit(scores)
     for a, b in zip(jax.tree.leaves(final), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_step_zero_of_kto_is_half_the_mean_of_the_lambdas():
+    items = [item(t, "sampled") for t in trajectories()]
+    scores = trainer().score(params(), items, 4)
+    reference = {t.sample: s for t, s in zip(trajectories(), scores, strict=True)}
+    sides = [side for p in pairs(reference) for side in pair_items(p, "sampled")][:3]
+    groups = [[side._replace(mismatched=sides[0])] for side in sides]
+    objective = Objective("unpaired", 0.5, lambda_correct=0.8, lambda_wrong=2.0)
+    seen = []
+    trainer().fit(
+        copy_params(params()), shuffled(groups, 3, 0), dataclasses.replace(PLAN, batch=3),
+        objective, check_step_zero=True, report=lambda step, metrics: seen.append(metrics),
+    )  # fmt: skip
+    assert seen[0]["loss"] == pytest.approx((2 * 0.8 + 2.0) / 6, abs=1e-5)
+    assert seen[-1]["loss"] < seen[0]["loss"]
+
+
+def test_a_value_head_trains_beside_the_policy_on_a_mesh_without_new_programs():
+    found = pairs()
+    groups = [pair_items(p, "sampled") for p in found[:2]]
+    groups += [[item(t, "sampled")._replace(correct=True)] for t in trajectories()[8:11]]
+    objective = Objective("pairs", 0.5, value=ValueTerm(1.0, 0.1, 10.0))
+    mesh = sharding.make_mesh(2, 2, 1)
+    t = Trainer(model_config(), Forward(), Optimiser(), LAYOUT, mesh)
+    sharded = jax.device_put(params(), sharding.param_shardings(model_config(), mesh))
+    seen = []
+    final = t.fit(
+        copy_params(sharded), iter([groups] * 3), PLAN, objective,
+        report=lambda step, metrics: seen.append(metrics),
+    )  # fmt: skip
+    assert final.keys() == params().keys()
+    assert seen[0]["loss/value"] > seen[-1]["loss/value"] > 0
+    assert t.compilations(objective) == 1
 
 
 def test_a_wrong_reference_stops_the_run_before_it_learns():

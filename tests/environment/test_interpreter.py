@@ -7,7 +7,8 @@ import time
 import pytest
 
 from mdpo_jax.environment.interpreter import PythonInterpreter
-from mdpo_jax.environment.noisy import NoisyTool
+from mdpo_jax.environment.noisy import NoisyTool, with_wrong_number
+from mdpo_jax.environment.replay import Replayed
 from mdpo_jax.environment.tool import code_blocks, wants_tool
 
 
@@ -200,4 +201,47 @@ def test_a_cancelled_call_cancels_its_noisy_twin():
     outer = NoisyTool(inner, 1.0, 0).start("t").run("x")
     inner.call.cancel()
     inner.call.set_running_or_notify_cancel()
+    assert outer.cancelled()
+
+
+@pytest.mark.parametrize(
+    ("text", "number", "fraction", "expected"),
+    [
+        ("12\n37", 0, 0, "12\n38"),
+        ("37 coins", 8, 1, "28 coins"),
+        ("x = 3", 4, 1, "x = 8"),  # never below 0
+        ("NameError: name 'math' is not defined", 1, 1, "NameError: name 'math' is not defined"),
+    ],
+)
+def test_a_wrong_number_is_off_by_one_to_nine(text, number, fraction, expected):
+    assert with_wrong_number(text, number, fraction) == expected
+
+
+def test_a_replayed_session_runs_what_was_run_and_tells_the_last_alone(tool):
+    session = Replayed(tool.start("replayed"), ["```python\na = 2\n```", "```python\na += 3\n```"])
+    assert run(session, "print(a)").text == "5"
+    assert run(session, "print(a + 1)").text == "6"  # and only once
+    session.close()
+
+
+def test_a_replay_that_breaks_or_is_cancelled_says_so():
+    from concurrent.futures import Future
+
+    class Broken:
+        def __init__(self):
+            self.calls = []
+
+        def run(self, action):
+            self.calls.append(Future())
+            return self.calls[-1]
+
+    inner = Broken()
+    outer = Replayed(inner, ["x"]).run("y")
+    inner.calls[0].set_exception(OSError("gone"))
+    with pytest.raises(OSError, match="gone"):
+        outer.result(timeout=5)
+    assert len(inner.calls) == 1
+    outer = Replayed(inner, ["x"]).run("y")
+    inner.calls[1].cancel()
+    inner.calls[1].set_running_or_notify_cancel()
     assert outer.cancelled()

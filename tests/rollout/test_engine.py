@@ -8,7 +8,7 @@ from support import chat, model_config, params
 
 from mdpo_jax.environment.tool import Observation
 from mdpo_jax.model import transformer
-from mdpo_jax.rollout.engine import Engine, Limits, Request
+from mdpo_jax.rollout.engine import Engine, Limits, Prefix, Request
 from mdpo_jax.rollout.sampler import Sampler, Shapes
 from mdpo_jax.types import Problem, Role
 
@@ -85,6 +85,29 @@ def test_greedy_trajectories_equal_full_recomputation(always_tool):
             assert t.ids[i] == scores[i - 1].argmax()
             assert t.log_probs[i] == pytest.approx(scores[i - 1, t.ids[i]], abs=1e-4)
         assert not t.log_probs[t.roles != Role.ACTION].any()
+
+
+def test_a_trajectory_goes_on_from_a_prefix_as_it_did(always_tool):
+    tool = EchoTool()
+    e, sampler = engine(tool=tool)
+    whole = e.run(requests(1), policy="x", temperature=0.0)
+    again = []
+    for request, t in zip(requests(1), whole, strict=True):
+        start = t.actions[1].start  # behind the first observation
+        text = chat().decode(t.ids[t.actions[0]])
+        prefix = Prefix(tuple(t.ids[:start].tolist()), tuple(t.roles[:start].tolist()), (text,))
+        again.append(Request(request.problem, 0, "0/test", prefix))
+    before = len(tool.seen)
+    for a, b in zip(whole, e.run(again, policy="x", temperature=0.0), strict=True):
+        np.testing.assert_array_equal(a.ids, b.ids)
+        np.testing.assert_array_equal(a.roles, b.roles)
+        assert a.finish == b.finish
+        np.testing.assert_allclose(
+            a.log_probs[b.log_probs != 0], b.log_probs[b.log_probs != 0], atol=1e-4
+        )
+        assert not b.log_probs[: b.actions[1].start].any()
+        first = chat().decode(a.ids[a.actions[0]])
+        assert first in [action for _, action in tool.seen[before:]] or a.turns == 2
 
 
 def test_a_trajectory_does_not_depend_on_its_neighbours(always_tool):

@@ -34,6 +34,10 @@ _PANELS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
     ("pairs ranked right", (("rewards/accuracies", ""),)),
     ("reward margin", (("rewards/margins", ""),)),
     ("log-prob of a trajectory", (("logps/chosen", "chosen"), ("logps/rejected", "rejected"))),
+    (
+        "log-ratio of chosen, by part",
+        tuple((f"log_ratio/chosen/{part}", part) for part in ("text", "code", "answer")),
+    ),
 )
 
 
@@ -63,10 +67,9 @@ def accuracy_plot(rows: Iterable[Row], path: str | os.PathLike[str]) -> None:
 def training_plot(
     curves: Mapping[str, Sequence[Mapping[str, Any]]], path: str | os.PathLike[str]
 ) -> None:
-    """Loss, rewards and log-probs by step: a column an iteration, in the order given.
+    """Loss, rewards, log-probs and log-ratios by step: a column an iteration, in the order given.
 
-    A record of a curve holds `step` and any of loss, rewards/accuracies, rewards/margins,
-    logps/chosen and logps/rejected.  From 40 points on, a running mean is drawn over pale points.
+    A record of a curve holds `step` and any of the training step's metrics.  From 40 points on, a running mean is drawn over pale points.
     """
     named = list(curves.items()) or [("", [])]
     panels = [p for p in _PANELS if any(_has(records, p[1]) for _, records in named)]

@@ -15,8 +15,17 @@ from typing import Any
 Row = Mapping[str, Any]
 
 MISSING = "-"
-STAGE_NAMES = {"sft": "SFT", "raft": "RAFT", "dpo": "DPO", "mdpo": "M-DPO", "mkto": "M-KTO"}
-_STAGE_ORDER = {"sft": 0, "raft": 1, "dpo": 2, "mdpo": 3, "mkto": 4}
+STAGE_NAMES = {
+    "sft": "SFT",
+    "raft": "RAFT",
+    "dpo": "DPO",
+    "kto": "KTO",
+    "mdpo_fixed_ref": "M-DPO, fixed ref",
+    "mdpo": "M-DPO",
+    "mkto": "M-KTO",
+    "mdpo_nll": "M-DPO + NLL",
+}
+_STAGE_ORDER = {name: place for place, name in enumerate(STAGE_NAMES)}
 _SPLIT_ORDER = {"train": 0, "dev": 1, "test": 2}
 
 

@@ -87,16 +87,18 @@ def pair_items(pair: Pair, mask: MaskName, **options: Any) -> tuple[Item, Item]:
     return chosen._replace(correct=True), rejected
 
 
-def mismatched(prompt: Trajectory, completion: Trajectory) -> Trajectory:
-    """The one's prompt with the other's completion (recipe of KTO's reference point)."""
+def mismatched(prompt: Trajectory, completion: Trajectory, length: int) -> Trajectory:
+    """The one's prompt with the other's completion, cut at `length` tokens: for KTO's z_0."""
     cut, start = int(prompt.actions[0].start), int(completion.actions[0].start)
+    ids = np.concatenate([prompt.ids[:cut], completion.ids[start:]])[:length]
+    roles = np.concatenate([prompt.roles[:cut], completion.roles[start:]])[:length]
     return Trajectory(
         problem_id=f"{prompt.problem_id}+{completion.problem_id}",
         sample=completion.sample,
         policy="",
-        ids=np.concatenate([prompt.ids[:cut], completion.ids[start:]]),
-        roles=np.concatenate([prompt.roles[:cut], completion.roles[start:]]),
-        log_probs=np.zeros(cut + len(completion.ids) - start, np.float32),
+        ids=ids,
+        roles=roles,
+        log_probs=np.zeros(len(ids), np.float32),
     )
 
 

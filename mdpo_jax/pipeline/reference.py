@@ -66,7 +66,7 @@ def score_reference(
     config = context.config
     found = [store.pair_from(row) for file in pair_files for row in store.read_lines(file)]
     sides = [t for q in found for t in (q.chosen, q.rejected)]
-    borrowed = _mismatched(sides) if _needs_mismatched(context) else []
+    borrowed = _mismatched(context, sides) if _needs_mismatched(context) else []
     rollouts = _unselected(context, folder, len(found)) if config.term_c.kind == "value" else []
     everything = [*sides, *borrowed, *(g.trajectory for g in rollouts)]
     name = identity(of)
@@ -115,10 +115,10 @@ def _scores(
     return [np.logaddexp.reduce(v).astype(np.float32) for v in zip(*parts, strict=True)]
 
 
-def _mismatched(sides: Sequence[Trajectory]) -> list[Trajectory]:
+def _mismatched(context: Context, sides: Sequence[Trajectory]) -> list[Trajectory]:
     """[i]: the prompt of side i with another problem's completion."""
-    rows = mismatched_rows([t.problem_id for t in sides])
-    return [packing.mismatched(sides[i], sides[j]) for i, j in enumerate(rows)]
+    rows, length = mismatched_rows([t.problem_id for t in sides]), context.config.train.row_length
+    return [packing.mismatched(sides[i], sides[j], length) for i, j in enumerate(rows)]
 
 
 def _unselected(context: Context, folder: Path, pairs: int) -> list[Graded]:

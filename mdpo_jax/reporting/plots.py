@@ -69,7 +69,8 @@ def training_plot(
 ) -> None:
     """Loss, rewards, log-probs and log-ratios by step: a column an iteration, in the order given.
 
-    A record of a curve holds `step` and any of the training step's metrics.  From 40 points on, a running mean is drawn over pale points.
+    A record of a curve holds `step` and any of the training step's metrics.  From 40 points on, a
+    running mean is drawn over pale points.
     """
     named = list(curves.items()) or [("", [])]
     panels = [p for p in _PANELS if any(_has(records, p[1]) for _, records in named)]

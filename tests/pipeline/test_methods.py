@@ -139,6 +139,19 @@ def test_a_reference_in_the_step_ends_in_the_same_policy(run, method):
     assert not any(rows[0]["chosen_reference"])
 
 
+@pytest.mark.parametrize("options", ["train.reference_log_probs=in_step", "term_c.kind=value"])
+def test_an_adapter_is_trained_alone_whatever_the_reference(run, options):
+    shutil.rmtree(run / "run" / "sft")
+    made = context(run, "lora.rank=2")
+    stage(run / "run" / "sft", lambda f: stages.sft(made, f, lambda done: None))
+    done, metrics = trained(run, "lora.rank=2", options)
+    assert done["compilations"] == 1
+    assert metrics[0]["loss/preference"] == pytest.approx(np.log(2), abs=1e-4)
+    assert metrics[-1]["rewards/margins"] > metrics[0]["rewards/margins"]
+    note = read_json(run / "run" / "iteration-1" / "train" / "params.json")
+    assert note["base"] == made.parameters.fingerprint
+
+
 def test_a_stale_reference_is_refused(run):
     trained(run)
     folder = run / "run" / "iteration-1"

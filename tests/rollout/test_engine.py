@@ -89,7 +89,7 @@ def test_greedy_trajectories_equal_full_recomputation(always_tool):
 
 def test_a_trajectory_goes_on_from_a_prefix_as_it_did(always_tool):
     tool = EchoTool()
-    e, sampler = engine(tool=tool)
+    e = engine(tool=tool)[0]
     whole = e.run(requests(1), policy="x", temperature=0.0)
     again = []
     for request, t in zip(requests(1), whole, strict=True):

@@ -107,7 +107,7 @@ def borrowed(items):
     reference = tables(1)["table"]
     out = []
     for i, entry in enumerate(items):
-        t = mismatched(found[i], found[(i + 1) % len(items)])
+        t = mismatched(found[i], found[(i + 1) % len(items)], 224)
         stand_in = item(t, "sampled", reference=reference[t.ids])
         out.append(entry._replace(mismatched=stand_in))
     return out
@@ -298,8 +298,11 @@ def test_a_turn_discount_or_an_odd_mask_changes_the_sums_alone():
 
 def test_a_mismatched_sequence_is_one_s_prompt_and_the_other_s_completion():
     one, other = trajectories()[0], trajectories()[1]
-    both = mismatched(one, other)
+    both = mismatched(one, other, 224)
     cut = int(np.flatnonzero(one.roles != Role.PROMPT)[0])
     start = int(np.flatnonzero(other.roles != Role.PROMPT)[0])
     np.testing.assert_array_equal(both.ids, [*one.ids[:cut], *other.ids[start:]])
     np.testing.assert_array_equal(both.roles[cut:], other.roles[start:])
+    short = mismatched(one, other, cut + 3)  # a long prompt with a long completion
+    np.testing.assert_array_equal(short.ids, both.ids[: cut + 3])
+    assert short.turns == 1

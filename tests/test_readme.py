@@ -30,3 +30,15 @@ def test_the_package_is_light_until_it_is_used():
         "mdpo_jax.load_policy; sys.exit(not (light and 'jax' in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_methods_and_their_example(capsys):
+    from mdpo_jax.methods import METHODS
+
+    [section] = re.findall(r"## Methods\n(.*?)\n## ", README.read_text(), re.DOTALL)
+    assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == list(METHODS)
+    [code] = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    names: dict = {}
+    exec(compile(code, str(README), "exec"), names)
+    assert 0 < float(names["loss"]) < 1
+    assert float(names["metrics"]["kl"]) > 0

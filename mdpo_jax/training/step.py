@@ -68,13 +68,7 @@ def loss_and_gradients(
     more of them does not compile anew.
     """
     shared = losses.totals(batch)
-
-    def micro_batch(source: Arrays, index: Array) -> Arrays:
-        micro = {name: value[index] for name, value in source.items()}
-        if reference is not None:
-            micro["reference"] = log_probs(config, forward, reference, micro)
-        return micro
-
+    micro_batch = functools.partial(_micro_batch, config, forward, reference)
     if objective.kind == "unpaired":
         policy = whole(jax.lax.stop_gradient(params))
         source = batch if mismatched is None else mismatched
@@ -101,6 +95,16 @@ def loss_and_gradients(
 
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, 0))
     return jax.lax.fori_loop(0, _filled(batch), body, zeros)
+
+
+def _micro_batch(
+    config: ModelConfig, forward: Forward, reference: Any, source: Arrays, index: Any
+) -> Arrays:
+    """One micro-batch, with the reference's log-probs where the batch does not hold them."""
+    micro = {name: value[index] for name, value in source.items()}
+    if reference is not None:
+        micro["reference"] = log_probs(config, forward, reference, micro)
+    return micro
 
 
 def _reference_point(

@@ -115,6 +115,8 @@ class Problems:
         _at_least(1, "problems", self, "dev", "test")
         _at_least(9, "problems", self, "largest_start", "largest_value")
         _share("problems", self, "noise", "fault")
+        accepted = "0 with problems.path, whose tool is the interpreter as it is"
+        _require(self.path is None or self.fault == 0, "problems.fault", self.fault, accepted)
         _require(self.mental_scale >= 0, "problems.mental_scale", self.mental_scale, "at least 0")
         shares = bool(self.steps) and min(self.steps) >= 0 and sum(self.steps) > 0
         _require(shares, "problems.steps", self.steps, "shares of at least 0, not all 0")
@@ -430,7 +432,7 @@ class Config:
             self.problems.path,
             "a JSONL file of problems",
         )
-        wrong = inconsistency(self.method, self.train, self.term_c, self.sft.steps)
+        wrong = inconsistency(self.method, self.train, self.term_c)
         if wrong:
             raise ConfigError(f"config.method={self.method}: {wrong}")
 

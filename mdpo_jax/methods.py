@@ -35,22 +35,30 @@ METHODS: dict[str, Method] = {
     "mdpo_nll": Method("pairs", nll_weight=1.0),
 }
 
-# Options of config.Train that only one kind of objective reads, and what they are when left alone.
-_OWN = {
-    "pairs": {"loss": "sigmoid", "label_smoothing": 0.0, "length_normalised": False},
-    "unpaired": {"lambda_correct": 1.0, "lambda_wrong": 1.0, "kl": "mismatched"},
+# Fields of config.Train -> what they are when left alone, and the objectives that read them.
+_PAIRS, _REFERENCE = ("pairs",), ("pairs", "unpaired")
+_READ_BY: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "loss": ("sigmoid", _PAIRS),
+    "label_smoothing": (0.0, _PAIRS),
+    "length_normalised": (False, _PAIRS),
+    "nll_weight": (None, _PAIRS),
+    "lambda_correct": (1.0, ("unpaired",)),
+    "lambda_wrong": (1.0, ("unpaired",)),
+    "kl": ("mismatched", ("unpaired",)),
+    "turn_discount": (None, _REFERENCE),
+    "reference": ("preset", _REFERENCE),
+    "reference_log_probs": ("stored", _REFERENCE),
+    "observation_ce_weight": (0.0, ("pairs", "unpaired", "likelihood")),
 }
 
 
-def inconsistency(name: str, train: Any, term_c: Any, sft_steps: int) -> str | None:
-    """Why a method cannot go with these options, or None; train, term_c: sections of the config.
+def inconsistency(name: str, train: Any, term_c: Any) -> str | None:
+    """Why a method cannot go with these sections of the config, or None.
 
     A name means one row: what has a name of its own is refused under another, and so is what the
     method would silently ignore.
     """
     method = METHODS[name]
-    if method.objective == "none" and sft_steps == 0:
-        return "trains nothing with sft.steps=0; expected sft.steps above 0"
     if name == "mdpo_nll" and train.nll_weight == 0:
         return "train.nll_weight=0; expected above 0, or method=mdpo"
     if name in ("mdpo", "mdpo_fixed_ref") and train.nll_weight:
@@ -59,22 +67,47 @@ def inconsistency(name: str, train: Any, term_c: Any, sft_steps: int) -> str | N
         return f"train.reference={train.reference}; expected fixed, or method=mdpo"
     if name == "mdpo" and train.reference == "fixed":
         return "train.reference=fixed; expected updated or mixture, or method=mdpo_fixed_ref"
-    if method.objective == "unpaired" and train.nll_weight:
-        return f"train.nll_weight={train.nll_weight}; expected none, for no side is chosen"
-    if term_c.kind != "none" and (method.objective != "pairs" or method.observations):
-        return (
-            f"term_c.kind={term_c.kind} corrects M-DPO; expected none, or method=mdpo, "
-            "mdpo_fixed_ref or mdpo_nll"
-        )
-    if term_c.kind == "monte_carlo" and train.reference == "mixture":
-        return (
-            "term_c.kind=monte_carlo samples one policy; expected train.reference=updated or fixed"
-        )
-    if train.reference_log_probs == "in_step" and train.reference == "mixture":
+    if method.observations and train.mask != "sampled":
+        return f"train.mask={train.mask} chooses nothing where everything counts; expected sampled"
+    return _ignored(method, train) or _reference(train) or _term_c(method, train, term_c)
+
+
+def _ignored(method: Method, train: Any) -> str | None:
+    for field, (default, readers) in _READ_BY.items():
+        value = getattr(train, field)
+        if method.objective not in readers and value != default:
+            names = ", ".join(n for n, m in METHODS.items() if m.objective in readers)
+            return f"train.{field}={value} is read by {names} only; expected {default}".replace(
+                "None", "none"
+            )
+    return None
+
+
+def _reference(train: Any) -> str | None:
+    if train.reference != "mixture" and train.mixture != 0.5:
+        return f"train.mixture={train.mixture} needs train.reference=mixture; expected 0.5"
+    if train.reference == "mixture" and train.reference_log_probs == "in_step":
         return "train.reference_log_probs=in_step holds one policy; expected stored with a mixture"
-    for kind in (k for k in _OWN if k != method.objective):
-        for field, default in _OWN[kind].items():
-            value = getattr(train, field)
-            if value != default:
-                return f"train.{field}={value} is of {kind} objectives only; expected {default}"
+    return None
+
+
+def _term_c(method: Method, train: Any, term_c: Any) -> str | None:
+    """Equation 13 is of sums over sampled tokens, and of a likelihood."""
+    if term_c.kind == "none":
+        return None
+    if method.objective != "pairs" or method.observations:
+        names = ", ".join(n for n in METHODS if n.startswith("mdpo"))
+        return f"term_c.kind={term_c.kind} corrects M-DPO; expected none, or one of {names}"
+    if term_c.kind == "monte_carlo" and train.reference == "mixture":
+        return "term_c.kind=monte_carlo samples one policy; expected no mixture as train.reference"
+    for field, accepted in (
+        ("mask", ("sampled",)),
+        ("length_normalised", (False,)),
+        ("turn_discount", (None,)),
+        ("loss", ("sigmoid", "robust")),
+    ):
+        value = getattr(train, field)
+        if value not in accepted:
+            wanted = " or ".join(str(a).lower() for a in accepted)
+            return f"term_c.kind={term_c.kind} with train.{field}={value}; expected {wanted}"
     return None

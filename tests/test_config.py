@@ -107,21 +107,33 @@ def test_a_value_out_of_range_is_named_with_what_is_accepted(argument):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ("method=sft sft.steps=0 model.path=x", "trains nothing with sft.steps=0"),
         ("train.nll_weight=1", "expected none, or method=mdpo_nll"),
         ("method=mdpo_nll train.nll_weight=0", "expected above 0, or method=mdpo"),
         ("method=mdpo_fixed_ref train.reference=updated", "expected fixed, or method=mdpo"),
         ("train.reference=fixed", "method=mdpo_fixed_ref"),
-        ("method=mkto train.nll_weight=1", "no side is chosen"),
-        ("method=mkto train.loss=ipo", "train.loss=ipo is of pairs objectives only"),
-        ("method=kto train.length_normalised=true", "is of pairs objectives only"),
-        ("train.kl=zero", "train.kl=zero is of unpaired objectives only; expected mismatched"),
-        ("method=raft train.lambda_wrong=2", "is of unpaired objectives only"),
+        ("method=mkto train.nll_weight=1", "is read by dpo, mdpo, mdpo_fixed_ref, mdpo_nll only"),
+        ("method=mkto train.loss=ipo", "train.loss=ipo is read by dpo, mdpo"),
+        ("method=kto train.length_normalised=true", "expected False"),
+        ("train.kl=zero", "train.kl=zero is read by kto, mkto only; expected mismatched"),
+        ("method=raft train.lambda_wrong=2", "is read by kto, mkto only"),
+        ("method=raft train.turn_discount=0.9", "expected none"),
+        ("method=sft train.reference_log_probs=in_step", "expected stored"),
+        ("method=sft train.observation_ce_weight=1", "is read by raft, dpo, kto"),
+        ("method=dpo train.mask=paper", "chooses nothing where everything counts"),
+        ("train.mixture=0.1", "needs train.reference=mixture"),
         ("train.loss=hinge train.label_smoothing=0.1", "0 with train.loss=hinge"),
         ("method=dpo term_c.kind=value", "corrects M-DPO"),
         ("method=mkto term_c.kind=monte_carlo", "corrects M-DPO"),
         ("term_c.kind=monte_carlo train.reference=mixture", "samples one policy"),
+        ("term_c.kind=value train.mask=template", "with train.mask=template; expected sampled"),
+        ("term_c.kind=value train.loss=ipo", "with train.loss=ipo; expected sigmoid or robust"),
+        ("term_c.kind=value train.length_normalised=true", "expected false"),
+        (
+            "term_c.kind=monte_carlo train.turn_discount=1",
+            "with train.turn_discount=1.0; expected n",
+        ),
         ("train.reference_log_probs=in_step train.reference=mixture", "holds one policy"),
+        ("problems.path=x problems.fault=0.1", "0 with problems.path"),
     ],
 )
 def test_an_inconsistent_combination_is_refused_at_once(overrides, message):
@@ -137,8 +149,9 @@ def test_overrides_are_judged_together_whatever_their_order():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_goes_with_the_recipes_as_they_are(method):
-    config = parse(["--config=tiny", f"--config.method={method}"])
+@pytest.mark.parametrize("recipe", ["tiny", "tiny_stochastic", "gemma7b"])
+def test_every_method_goes_with_the_recipes_as_they_are(method, recipe):
+    config = parse([f"--config={recipe}", f"--config.method={method}"])
     assert config.reference == ("fixed" if method == "mdpo_fixed_ref" else "updated")
     assert config.nll_weight == (method == "mdpo_nll")
     assert config.preset.observations == (method in ("dpo", "kto"))

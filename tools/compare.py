@@ -22,14 +22,11 @@ import numpy as np
 
 SHARED = ("problems", "start", "sft", "sft-dev", "sft-test")
 # Overrides that leave the shared folders as they are.
-AFTER_SFT = ("method", "iterations", "train.", "raft.", "term_c.", "pairs.")
+AFTER_SFT = ("method=", "train.", "raft.", "term_c.", "pairs.")
 IN_SFT = (
-    "train.rows",
-    "train.row_length",
-    "train.clip",
-    "train.logprob_chunk",
-    "train.batch_pairs",
-)
+    "method=sft", "train.rows", "train.row_length", "train.clip", "train.logprob_chunk",
+    "train.batch_pairs", "raft.batch",
+)  # fmt: skip
 
 
 def run_all(options: argparse.Namespace, common: list[str]) -> dict[str, list[Path]]:
@@ -66,7 +63,7 @@ def _run(arguments: list[str], folder: Path) -> None:
 def _last(folder: Path) -> int:
     from mdpo_jax.pipeline.files import read_config
 
-    return read_config(folder).iterations
+    return read_config(folder).last_iteration
 
 
 def accuracies(folder: Path, decoding: str) -> np.ndarray:
@@ -77,7 +74,8 @@ def accuracies(folder: Path, decoding: str) -> np.ndarray:
 
 
 def distance(first: Path, second: Path) -> float:
-    """KL of the first run's last policy from the second's, nats a trajectory, on its test samples."""
+    """KL of the first run's last policy from the second's, nats a trajectory, on its test samples
+    that fit train.row_length."""
     from mdpo_jax.data import store
     from mdpo_jax.pipeline.context import PARAMS, Context
     from mdpo_jax.pipeline.evaluation import kl_estimate
@@ -123,7 +121,7 @@ def main() -> None:
     options, common = parser.parse_known_args()
     for part in (part for text in options.run for part in text.split()):
         if not part.startswith(AFTER_SFT) or part.startswith(IN_SFT):
-            parser.error(f"--run {part!r}: would change the warm-up; give it outside of --run")
+            parser.error(f"--run {part!r}: changes the warm-up, or is it; give it outside of --run")
     rows = table(run_all(options, common), options.seeds)
     (options.out / "table.json").write_text(json.dumps(rows, indent=1) + "\n")
     for row in rows:

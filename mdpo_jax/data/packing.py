@@ -107,8 +107,8 @@ def pack(groups: Sequence[Sequence[Item]], layout: Layout) -> PackedBatch:
 
     First fit, longest group first, into rows and then into as many micro-batches as it takes; the
     micro-batch axis is padded to a power of two, 4 at least, so that few shapes occur; the step
-    skips empty ones.  Raises ValueError for a
-    sequence longer than a row or a group that no empty micro-batch can hold.
+    skips empty ones.  Raises ValueError for a sequence longer than a row or a group that no empty
+    micro-batch can hold.
     """
     order = sorted(range(len(groups)), key=lambda g: (-sum(len(i.ids) for i in groups[g]), g))
     micros: list[_Micro] = []

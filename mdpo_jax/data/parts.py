@@ -51,5 +51,9 @@ def _mark(parts: np.ndarray, ids: np.ndarray, chat: Chat, start: int, end: int, 
 
 def _token(ids: np.ndarray, chat: Chat, character: int) -> int:
     """The token that holds a character of the decoded ids."""
-    ends = range(1, len(ids) + 1)
-    return bisect.bisect_right(ends, character, key=lambda k: len(chat.decode(ids[:k])))
+
+    def characters(count: int) -> int:
+        # A character of several tokens is not there, but as U+FFFD, until its last one is.
+        return len(chat.decode(ids[:count]).rstrip("\ufffd"))
+
+    return bisect.bisect_right(range(1, len(ids) + 1), character, key=characters)

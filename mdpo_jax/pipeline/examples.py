@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from mdpo_jax.config import StepZeroError
 from mdpo_jax.data import packing, pairs, store
@@ -59,7 +61,9 @@ def examples(context: Context, folder: Path, reference: str, seed: int) -> Examp
     scored = _Scored(context, folder.parent / "reference", reference)
     found = scored.pairs(folder.parent / monte_carlo.TERM_C)
     if config.preset.objective == "unpaired":
-        borrowed = scored.singles(MISMATCHED) or [None] * (2 * len(found))
+        borrowed: list[Any] = [None] * (2 * len(found))
+        if t.kl == "mismatched":
+            borrowed = scored.singles(MISMATCHED)
         sides = [side for pair in found for side in pair]
         groups = [
             [side._replace(mismatched=other)] for side, other in zip(sides, borrowed, strict=True)
@@ -79,10 +83,19 @@ def objective(context: Context) -> Objective:
     head = ValueTerm(c.utility, c.weight, c.learning_rate_scale) if c.kind == "value" else None
     kind = "unpaired" if config.preset.objective == "unpaired" else "pairs"
     return Objective(
-        kind, t.eta, config.nll_weight, t.loss, t.label_smoothing, t.length_normalised,
-        t.lambda_correct, t.lambda_wrong, t.kl, t.observation_ce_weight, head,
-        config.rollout.max_turns,
-    )  # fmt: skip
+        kind,
+        eta=t.eta,
+        nll_weight=config.nll_weight,
+        loss=t.loss,
+        label_smoothing=t.label_smoothing,
+        length_normalised=t.length_normalised,
+        lambda_correct=t.lambda_correct,
+        lambda_wrong=t.lambda_wrong,
+        kl=t.kl,
+        observation_ce_weight=t.observation_ce_weight,
+        value=head,
+        turns=config.rollout.max_turns,
+    )
 
 
 def _plan(
@@ -144,6 +157,11 @@ class _Scored:
         )  # fmt: skip
         if t.turn_discount is None:
             return entry
-        turns = jnp.maximum(trajectory.turn_numbers, 1) - 1
-        discount = turn_discount_weights(turns, trajectory.turns, gamma=t.turn_discount)
-        return entry._replace(weights=entry.weights * np.asarray(discount, np.float32))
+        discounts = _discounts(trajectory.turns, t.turn_discount)
+        weights = entry.weights * discounts[np.maximum(trajectory.turn_numbers, 1) - 1]
+        return entry._replace(weights=weights)
+
+
+@functools.cache
+def _discounts(turns: int, gamma: float) -> Float[np.ndarray, " turns"]:
+    return np.asarray(turn_discount_weights(jnp.arange(turns), turns, gamma=gamma), np.float32)

@@ -79,7 +79,9 @@ def _claim(config: Config, directory: Path) -> None:
     fields = config.as_dict() | {"workdir": ""}
     begun = any(directory.glob(f"*/{DONE}"))
     if known.exists() and begun:
-        changed = differences(read_json(known), fields)
+        # By way of Config: fields that have come since have the value they had before they came.
+        old = from_dict(read_json(known)).as_dict() | {"workdir": ""}
+        changed = differences(old, fields)
         if changed:
             raise ConfigError(
                 f"config.workdir={str(directory)!r}: holds a run with another configuration "

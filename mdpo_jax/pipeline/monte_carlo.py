@@ -3,9 +3,10 @@
     ... action h | observation        V(s') of the state that came
                  | observation'       mean over calls of the tool of V(s'')
 
-V is the log-mean-exp of the utilities of the reference's continuations (objectives/term_c.py, with
-its bias correction and its limit).  An action that the tool always answers alike adds 0 and costs no
-continuation.
+V is the log-mean-exp of the utilities of the reference's continuations, with the bias correction of
+objectives/term_c.py.  They run to the end, so with a second random observation ahead V is too large,
+whatever their number (docs/theory.md, "whole continuations").  An action that the tool always answers
+alike adds 0 and costs no continuation.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import hashlib
 import itertools
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +24,7 @@ import numpy as np
 
 from mdpo_jax.data import store
 from mdpo_jax.environment.replay import Replayed
+from mdpo_jax.environment.tool import Observation
 from mdpo_jax.objectives.term_c import soft_value
 from mdpo_jax.pipeline.context import Context
 from mdpo_jax.pipeline.evaluation import Advance, verdict
@@ -30,6 +33,8 @@ from mdpo_jax.rollout.engine import Prefix, Request
 from mdpo_jax.types import Problem, Trajectory
 
 TERM_C = "term_c"
+_AT_ONCE = 16  # trajectories whose tool calls are in flight together
+_Call = tuple[int, Replayed, Future[Observation]]  # action, its session, its answer
 
 
 class _Turn(NamedTuple):
@@ -79,7 +84,10 @@ def _term_c(
     context: Context, sides: Sequence[Trajectory], problems: dict[str, Problem], stream: str,
     advance: Advance,
 ) -> list[float]:  # fmt: skip
-    turns = [_turns(context, t, stream) for t in sides]
+    turns: list[list[_Turn]] = []
+    for start in range(0, len(sides), _AT_ONCE):
+        asked = [(t, _ask(context, t, stream)) for t in sides[start : start + _AT_ONCE]]
+        turns += [_answered(context, t, calls) for t, calls in asked]
     states = {
         prefix: side.problem_id
         for side, observed in zip(sides, turns, strict=True)
@@ -100,8 +108,8 @@ def _term_c(
     return out
 
 
-def _turns(context: Context, trajectory: Trajectory, stream: str) -> list[_Turn]:
-    """Every action but the last, with what the tool says when it is asked again."""
+def _ask(context: Context, trajectory: Trajectory, stream: str) -> list[_Call]:
+    """Run every action but the last again, each call in a session of its own."""
     actions = trajectory.actions
     texts = [context.chat.decode(trajectory.ids[span]) for span in actions]
     asked = []
@@ -111,8 +119,15 @@ def _turns(context: Context, trajectory: Trajectory, stream: str) -> list[_Turn]
             key = f"{context.config.seed}/{stream}/term-c/{_digest(before)}/{m}"
             session = Replayed(context.tool.start(key), texts[:h])
             asked.append((h, session, session.run(texts[h])))
+    return asked
+
+
+def _answered(context: Context, trajectory: Trajectory, calls: list[_Call]) -> list[_Turn]:
+    """What the tool said, beside what it had said."""
+    actions = trajectory.actions
+    texts = [context.chat.decode(trajectory.ids[span]) for span in actions]
     drawn = [Counter[Prefix]() for _ in actions[:-1]]
-    for h, session, call in asked:
+    for h, session, call in calls:
         ids, roles = context.chat.observation(
             call.result().text,
             ended=trajectory.ids[actions[h].stop - 1] in context.chat.stop_ids,
@@ -161,7 +176,10 @@ def _values(
         for k in range(count)
     ]
     found = context.engine.run(
-        requests, policy="term-c", temperature=context.config.rollout.temperature, advance=advance
+        requests,
+        policy="term-c",
+        temperature=1.0,
+        advance=advance,  # V is of the policy itself
     )
     right = [verdict(context, problems[t.problem_id].answer, t).correct for t in found]
     utility = settings.utility * np.asarray(right, np.float32).reshape(len(going), count)

@@ -7,6 +7,7 @@ takes no other: a stale one cannot be used.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from mdpo_jax.pipeline.files import DONE, read_json
 from mdpo_jax.types import Pair, Trajectory
 
 PAIRS, MISMATCHED, ROLLOUTS = "pairs.jsonl.gz", "mismatched.jsonl.gz", "rollouts.jsonl.gz"
+_log = logging.getLogger(__name__)
 Sources = Sequence[tuple[Path, float]]
 
 
@@ -49,10 +51,31 @@ def sources(context: Context, updated: Path, fixed: Path) -> Sources:
 
 def identity(of: Sources) -> str:
     """Fingerprint of a reference as its policies' stages recorded it."""
-    parts = [f"{read_json(path.parent / DONE)['policy']}*{weight}" for path, weight in of]
-    if len(parts) == 1:
-        return parts[0].split("*")[0]
+    if len(of) == 1:
+        return recorded(of[0][0])
+    parts = [f"{recorded(path)}*{weight}" for path, weight in of]
     return hashlib.sha256("+".join(parts).encode()).hexdigest()[:16]
+
+
+def recorded(path: Path) -> str:
+    """Fingerprint of the policy at `path`, as the stage that wrote it noted it."""
+    found = read_json(path.parent / DONE).get("policy")
+    if found is None:
+        raise ConfigError(
+            f"{path.parent / DONE}: notes no policy (its stage is of an earlier version); delete "
+            f"{path.parent} to have it made again"
+        )
+    return found
+
+
+def checked(params: Any, path: Path) -> Any:
+    """Parameters read from `path`, if they are those that its stage wrote; else ConfigError."""
+    if fingerprint(params) != recorded(path):
+        raise ConfigError(
+            f"{path}: its fingerprint is {fingerprint(params)}, but its stage wrote "
+            f"{recorded(path)}; expected the parameters as they were written"
+        )
+    return params
 
 
 def score_reference(
@@ -70,7 +93,7 @@ def score_reference(
     rollouts = _unselected(context, folder, len(found)) if config.term_c.kind == "value" else []
     everything = [*sides, *borrowed, *(g.trajectory for g in rollouts)]
     name = identity(of)
-    scores = _scores(context, everything, of, name)
+    scores = _scores(context, everything, of)
     scored = [
         Pair(q.chosen, q.rejected, scores[2 * i], scores[2 * i + 1]) for i, q in enumerate(found)
     ]
@@ -95,7 +118,7 @@ def _needs_mismatched(context: Context) -> bool:
 
 
 def _scores(
-    context: Context, trajectories: Sequence[Trajectory], of: Sources, name: str
+    context: Context, trajectories: Sequence[Trajectory], of: Sources
 ) -> list[Float[np.ndarray, " length"]]:
     if context.config.train.reference_log_probs == "in_step":
         return [np.zeros(len(t.ids), np.float32) for t in trajectories]
@@ -103,12 +126,7 @@ def _scores(
     batch = 2 * context.config.train.batch_pairs
     parts = []
     for path, weight in of:
-        params = context.load(path)
-        if len(of) == 1 and fingerprint(params) != name:
-            raise ConfigError(
-                f"{path}: its fingerprint is {fingerprint(params)}, but its stage wrote {name}; "
-                "expected the parameters as they were written"
-            )
+        params = checked(context.load(path), path)
         values = context.trainer().score(params, items, batch)
         parts.append([np.log(weight) + v.astype(np.float64) for v in values])
     # Of several policies: the mixture of their probabilities, token by token.
@@ -118,6 +136,12 @@ def _scores(
 def _mismatched(context: Context, sides: Sequence[Trajectory]) -> list[Trajectory]:
     """[i]: the prompt of side i with another problem's completion."""
     rows, length = mismatched_rows([t.problem_id for t in sides]), context.config.train.row_length
+    own = sum(sides[i].problem_id == sides[j].problem_id for i, j in enumerate(rows))
+    if own:
+        _log.warning(
+            "KTO's reference point: %d of %d prompts are scored with a completion of their own "
+            "problem, for one problem holds more than half of the data", own, len(sides),
+        )  # fmt: skip
     return [packing.mismatched(sides[i], sides[j], length) for i, j in enumerate(rows)]
 
 

@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from mdpo_jax.config import ConfigError, StepZeroError
+from mdpo_jax.config import ConfigError
 from mdpo_jax.data import packing, pairs, store, synthetic
 from mdpo_jax.data.problems import load_problems
 from mdpo_jax.pipeline.context import EARLIER, PARAMS, Context, suite
 from mdpo_jax.pipeline.demonstrations import demonstrations
 from mdpo_jax.pipeline.evaluation import Advance, sample
 from mdpo_jax.pipeline.examples import examples
-from mdpo_jax.pipeline.reference import Sources, identity
+from mdpo_jax.pipeline.reference import Sources, checked, identity
 from mdpo_jax.reporting.metrics import MetricsWriter
 from mdpo_jax.training.losses import Objective
 from mdpo_jax.training.step import Fixed
@@ -278,16 +278,13 @@ def train(
         kept.save(folder / PARAMS, params, base)
         note = "no pair to learn from: the policy is unchanged"
         return {"steps": 0, "note": note, "policy": kept.identity(params, base)}
+    policy = checked(kept.whole(params, base), start)
+    apart = _sampler_difference(context, folder.parent / "rollout", start, policy)
     at_reference = compared and [path for path, _ in of] == [start]
-    if at_reference and kept.identity(params, base) != name:
-        raise StepZeroError(
-            f"{folder}: the policy read from {start} is not the one whose log-probs the data hold; "
-            f"delete {folder.parent / 'reference'} to have them scored again"
-        )
-    apart = _sampler_difference(context, folder.parent / "rollout", start, kept.whole(params, base))
     reference = None
     if compared and config.train.reference_log_probs == "in_step":
-        reference = kept.trainable(of[0][0])[0]
+        reference, under = kept.trainable(of[0][0])
+        checked(kept.whole(reference, under), of[0][0])
     trainer = context.trainer()
     with _recorded(folder, advance) as record:
         report = _alarmed(record, config.train.displacement_alarm, folder)

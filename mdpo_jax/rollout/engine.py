@@ -154,7 +154,7 @@ class Engine:
         room = self._limits.context - len(ids)
         if room < 2:
             raise ValueError(
-                f"problem {request.problem.id!r}: its prompt has {len(ids)} tokens; "
+                f"problem {request.problem.id!r}: {len(ids)} tokens to begin with; "
                 f"rollout.context={self._limits.context} must hold it and an answer"
             )
         session = self._tool.start(request.key)

@@ -81,7 +81,7 @@ def scored(
 def log_probs(
     config: ModelConfig, forward: Forward, params: Any, micro: Arrays
 ) -> Float[Array, "rows length"]:
-    """The first of `scored`."""
+    """What `scored` says of them, without the hidden states."""
     return scored(config, forward, params, micro)[0]
 
 
@@ -125,9 +125,10 @@ def micro_loss(
         metrics = {"logps/mean": -loss}
     else:
         ratios = (values - micro["reference"]) * micro["weights"]
-        share = _pairs if objective.kind == "pairs" else _unpaired
-        term = None if head is None else (head, hidden)
-        loss, metrics = share(objective, policy, ratios, micro, totals, term)
+        if objective.kind == "pairs":
+            loss, metrics = _pairs(objective, policy, ratios, micro, totals, (head, hidden))
+        else:
+            loss, metrics = _unpaired(objective, policy, ratios, micro, totals)
     if objective.observation_ce_weight:
         seen = micro["parts"] == Part.OBSERVATION
         metrics["loss/observation_ce"] = -jnp.sum(values * seen) / totals["observations"]
@@ -136,8 +137,10 @@ def micro_loss(
 
 
 def _pairs(
-    objective: Objective, policy: Array, ratios: Array, micro: Arrays, totals: Arrays, term: Any
-) -> tuple[Float[Array, ""], Arrays]:
+    objective: Objective, policy: Array, ratios: Array, micro: Arrays, totals: Arrays,
+    term: tuple[Any, Array],
+) -> tuple[Float[Array, ""], Arrays]:  # fmt: skip
+    """M-DPO, equation 14; term: the value head, or None, and the hidden states it reads."""
     chosen, rejected = micro["chosen"], micro["rejected"]
     weights = micro["pair_mask"] / totals["pairs"]
     log_ratio, tokens = by_sequence(ratios, micro), by_sequence(micro["weights"], micro)
@@ -178,9 +181,9 @@ def _pairs(
 
 
 def _unpaired(
-    objective: Objective, policy: Array, ratios: Array, micro: Arrays, totals: Arrays, term: Any
+    objective: Objective, policy: Array, ratios: Array, micro: Arrays, totals: Arrays
 ) -> tuple[Float[Array, ""], Arrays]:
-    del term  # (C) has no place in KTO
+    """M-KTO, equation 15."""
     log_ratio, mask = by_sequence(ratios, micro), micro["sequence_mask"]
     weights = mask / totals["sequences"]
     loss, metrics = objectives.mkto_loss(

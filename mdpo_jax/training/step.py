@@ -71,6 +71,9 @@ def loss_and_gradients(
     micro_batch = functools.partial(_micro_batch, config, forward, reference)
     if objective.kind == "unpaired":
         policy = whole(jax.lax.stop_gradient(params))
+        if (objective.kl == "mismatched") != (mismatched is not None):
+            given = "without" if mismatched is None else "with"
+            raise ValueError(f"mismatched: kl={objective.kl} {given} a mismatched batch")
         source = batch if mismatched is None else mismatched
         shared["kl"] = _reference_point(config, forward, objective, policy, source, micro_batch)
 

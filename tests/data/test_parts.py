@@ -14,7 +14,7 @@ TALK = [
     {"role": "user", "content": "q"},
     {"role": "assistant", "content": f"First é 数.\n{CODE}\n```python\nopen"},
     {"role": "user", "content": "```output\n1\n```"},
-    {"role": "assistant", "content": f"{CODE}\nSo \\boxed{{1}} or \\boxed{{2}}."},
+    {"role": "assistant", "content": f"{CODE}\nSo 数\\boxed{{1}} or 数数\\boxed{{2}}."},
 ]
 
 

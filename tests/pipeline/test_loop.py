@@ -57,6 +57,7 @@ def test_no_iteration_compiles_the_step_or_the_sampler_again(finished):
     ]
     assert [s["compilations"] for s in steps] == [1, 1]
     assert min(s["steps"] for s in steps) > 0
+    assert max(s["sampler_trainer"]["max"] for s in steps) < 1e-4  # of really sampled tokens
     results = json.loads((finished / "results.json").read_text())
     assert results["compilations"]["rollout"] > 0
     assert results["compilations"]["rollout_after_warm_up"] == 0
@@ -71,6 +72,29 @@ def test_the_report_shows_trajectories_by_role(finished, tmp_path, capsys):
     assert report.main(["--checkpoint", str(finished)]) == 0
     assert report.main(["--checkpoint", str(tmp_path)]) == 2
     assert "not a run directory" in capsys.readouterr().err
+
+
+def test_a_run_of_sft_alone_ends_with_its_report(finished, tmp_path, capsys):
+    for name in ("problems", "start", "sft", "sft-dev", "sft-test"):
+        shutil.copytree(finished / name, tmp_path / "r" / name)
+    run = [*SMALL_RUN, "--config.method=sft", f"--config.workdir={tmp_path / 'r'}"]
+    assert train.main(run) == 0
+    results = json.loads((tmp_path / "r" / "results.json").read_text())
+    assert {row["stage"] for row in results["rows"]} == {"sft"}
+    assert (results["chosen_iteration"], results["comparisons"]) == (0, [])
+    assert report.main(["--checkpoint", str(tmp_path / "r")]) == 0
+    assert evaluate.main(["--checkpoint", str(tmp_path / "r"), "--iteration", "0"]) == 0
+    assert evaluate.main(["--checkpoint", str(tmp_path / "r"), "--iteration", "1"]) == 2
+    assert "expected 0 (SFT) to 0" in capsys.readouterr().err
+
+
+def test_a_run_from_before_a_field_came_goes_on(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "r")
+    known = tmp_path / "r" / "config.json"
+    fields = json.loads(known.read_text())
+    del fields["term_c"], fields["problems"]["fault"]
+    known.write_text(json.dumps(fields))
+    assert train.main([*SMALL_RUN, f"--config.workdir={tmp_path / 'r'}"]) == 0
 
 
 def test_problem_sets_are_disjoint(finished):

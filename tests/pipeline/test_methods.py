@@ -16,11 +16,13 @@ from mdpo_jax.data import packing, store
 from mdpo_jax.data.store import Graded
 from mdpo_jax.environment.tool import Observation
 from mdpo_jax.objectives.term_c import soft_value
-from mdpo_jax.pipeline import monte_carlo, reference, stages
+from mdpo_jax.pipeline import examples, monte_carlo, reference, stages
 from mdpo_jax.pipeline.context import PARAMS, Context
 from mdpo_jax.pipeline.files import read_json, stage
 from mdpo_jax.recipes import parse
+from mdpo_jax.training.losses import Objective
 from mdpo_jax.training.trainer import copy_params
+from mdpo_jax.training.value import ValueTerm
 from mdpo_jax.types import Problem, Role, Verdict
 
 RUN = (
@@ -152,6 +154,97 @@ def test_an_adapter_is_trained_alone_whatever_the_reference(run, options):
     assert note["base"] == made.parameters.fingerprint
 
 
+def test_the_step_gets_what_the_configuration_says(run):
+    pairs = (
+        "train.eta=0.2", "method=mdpo_nll", "train.nll_weight=0.3", "train.loss=robust",
+        "train.label_smoothing=0.1", "train.length_normalised=true", "rollout.max_turns=5",
+        "train.observation_ce_weight=0.4",
+    )  # fmt: skip
+    assert examples.objective(context(run, *pairs)) == Objective(
+        kind="pairs", eta=0.2, nll_weight=0.3, loss="robust", label_smoothing=0.1,
+        length_normalised=True, observation_ce_weight=0.4, turns=5,
+    )  # fmt: skip
+    unpaired = (
+        "method=kto", "train.lambda_correct=1.1", "train.lambda_wrong=0.9", "train.kl=zero",
+    )  # fmt: skip
+    assert examples.objective(context(run, *unpaired)) == Objective(
+        kind="unpaired", lambda_correct=1.1, lambda_wrong=0.9, kl="zero", turns=4
+    )
+    value = ("term_c.kind=value", "term_c.utility=2", "term_c.weight=3", "train.eta=0.5",
+             "term_c.learning_rate_scale=4")  # fmt: skip
+    assert examples.objective(context(run, *value)) == Objective(
+        kind="pairs", eta=0.5, value=ValueTerm(2.0, 3.0, 4.0), turns=4
+    )
+
+
+def test_a_turn_discount_multiplies_the_weights_of_later_turns(run):
+    folder = run / "run" / "iteration-1"
+    trained(run)
+    name = read_json(run / "run" / "sft" / "done.json")["policy"]
+    plain, discounted = (
+        examples.examples(context(run, *more), folder / "train", name, 0).groups
+        for more in ((), ("train.turn_discount=0.5",))
+    )
+    for before, after in zip(plain, discounted, strict=True):
+        for a, b in zip(before, after, strict=True):
+            total = int(a.turns.max())
+            for turn in range(total):
+                here = (a.turns == turn + 1) & (a.weights > 0)
+                factor = 0.5**turn * (1 - 0.5 ** (total - turn)) / (1 - 0.5**total)
+                np.testing.assert_allclose(b.weights[here], factor, rtol=1e-5)
+
+
+def test_the_first_loss_has_the_stored_term_c_of_each_side(run):
+    where = run / "run" / "iteration-1" / monte_carlo.TERM_C
+    count = len(list(store.read_lines(run / "run" / "iteration-1" / "pairs" / "pairs.jsonl.gz")))
+    rows = [{"chosen": 0.5 * i, "rejected": -0.25 - 0.1 * i} for i in range(count)]
+    for start in range(0, count, 2):  # two files, as two chunks leave them
+        store.write_lines(where / f"{start:06d}.jsonl.gz", rows[start : start + 2])
+    _, metrics = trained(run, "term_c.kind=monte_carlo", f"train.batch_pairs={count}")
+    logits = np.array([row["chosen"] - row["rejected"] for row in rows])
+    expected = np.mean(np.log1p(np.exp(-logits)))
+    assert metrics[0]["loss/preference"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_kto_s_reference_point_is_of_the_stored_stand_ins(run):
+    params, folder = moved_policy(run), run / "run" / "iteration-1"
+    count = len(list(store.read_lines(folder / "pairs" / "pairs.jsonl.gz")))
+    options = ("method=mkto", "train.reference=fixed", f"train.batch_pairs={count}")
+    _, metrics = trained(run, *options, start="other")
+    rows = list(store.read_lines(folder / "reference" / "mismatched.jsonl.gz"))
+    assert len(rows) == 2 * count
+    found = [store.scored_from(row) for row in rows]
+    scores = context(run).trainer().score(params, [packing.item(t, "sampled") for t, _ in found], 4)
+    ratios = [
+        np.sum((s - r)[t.roles == Role.ACTION]) for (t, r), s in zip(found, scores, strict=True)
+    ]
+    assert abs(np.mean(ratios)) > 0.01
+    assert metrics[0]["kl"] == pytest.approx(max(0, np.mean(ratios)), rel=1e-3, abs=1e-4)
+
+
+def test_a_stand_in_longer_than_a_row_is_cut(run):
+    longest = max(len(t.ids) for t in trajectories())
+    trained(run, "method=mkto", f"train.row_length={longest}")
+    folder = run / "run" / "iteration-1" / "reference"
+    lengths = [len(row["ids"]) for row in store.read_lines(folder / "mismatched.jsonl.gz")]
+    assert max(lengths) <= longest
+
+
+def test_one_problem_alone_warns_that_its_stand_ins_are_its_own(run, caplog):
+    sides = trajectories()[:4]
+    with caplog.at_level(logging.WARNING, "mdpo_jax.pipeline.reference"):
+        reference._mismatched(context(run), sides)
+    assert "4 of 4 prompts are scored with a completion of their own problem" in caplog.text
+
+
+def test_the_suite_s_faulty_tool_is_installed(run):
+    made = context(run, "problems.fault=1")
+    session = made.tool.start("t")
+    assert session.run("```python\nprint(40 + 2)\n```").result(timeout=60).text != "42"
+    session.close()
+    made.close()
+
+
 def test_a_stale_reference_is_refused(run):
     trained(run)
     folder = run / "run" / "iteration-1"
@@ -198,6 +291,22 @@ def test_a_mixture_is_of_probabilities_token_by_token(run, weight, terms):
     )
     expected = np.log(weight * np.exp(fixed) + (1 - weight) * np.exp(updated))
     np.testing.assert_allclose(pair.chosen_reference, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options", [("train.reference=mixture",), ("train.reference_log_probs=in_step",)]
+)
+def test_parameters_that_their_stage_did_not_write_are_refused(run, options):
+    moved_policy(run)
+    note = run / "run" / "other" / "done.json"
+    note.write_text(json.dumps({"policy": "0" * 16}))
+    with pytest.raises(
+        ConfigError, match=r"other/params: its fingerprint is \w{16}, but its stage"
+    ):
+        trained(run, *options, start="other")
+    note.write_text("{}")
+    with pytest.raises(ConfigError, match="notes no policy"):
+        trained(run, *options, start="other")
 
 
 def test_a_reference_whose_checkpoint_is_gone_stops_at_once(run):

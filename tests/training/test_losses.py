@@ -287,7 +287,14 @@ def test_the_value_head_is_read_and_fitted_where_it_should_be():
     np.testing.assert_allclose(gradients.policy["table"], plain["table"], atol=1e-6)
 
 
-def test_a_turn_discount_or_an_odd_mask_changes_the_sums_alone():
+@pytest.mark.parametrize("kl", ["mismatched", "batch_mean"])
+def test_a_reference_point_never_comes_from_elsewhere(kl):
+    more = {} if kl == "mismatched" else {"mismatched": put(pack([[made(1)[0]]], LAYOUT), None)}
+    with pytest.raises(ValueError, match=f"kl={kl} with"):
+        result(Objective("unpaired", 0.1, kl=kl), [[i] for i in made(2)], **more)
+
+
+def test_another_mask_changes_the_sums_alone():
     entry = made(1)[0]
     template = item(trajectories()[0], "template", reference=entry.reference)
     assert template.weights.sum() > entry.weights.sum()

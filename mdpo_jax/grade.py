@@ -46,7 +46,6 @@ def _grade(options: argparse.Namespace) -> None:
         raise ValueError(f"--out={options.out}: expected a file in a folder that exists")
     workers = max(options.threads, 1)
     with Grader(options.timeout, policy=options.policy, workers=workers) as grader:
-        grader.start()
         counts = grade_file(grader, options.cases, options.out, options.threads)
     print(f"{options.out}: {', '.join(f'{n} {label}' for label, n in sorted(counts.items()))}")
 

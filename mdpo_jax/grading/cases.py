@@ -41,7 +41,7 @@ def grade_file(grader: Grader, cases: Path, out: Path, threads: int = 2) -> Coun
         ):
             for row, reason in _in_order(pool, _rows(cases), grader):
                 counts["quarantined" if reason else row["verdict"]] += 1
-                first = first or reason
+                first = first or (f"line {row['line']}: {reason}" if reason else "")
                 print(json.dumps(row), file=bad if reason else good)
             if not counts.total() - counts["quarantined"]:
                 raise CaseError(f"{cases}: no usable row; {first or 'it is empty'}")
@@ -60,8 +60,11 @@ def grade_file(grader: Grader, cases: Path, out: Path, threads: int = 2) -> Coun
 def _in_order(
     pool: ThreadPoolExecutor, rows: Iterator[tuple[dict[str, Any], str]], grader: Grader
 ) -> Iterator[tuple[dict[str, Any], str]]:
-    waiting = []
+    waiting, started = [], False
     for row, reason in rows:
+        if not reason and not started:
+            grader.start()  # no row's seconds shall count the import of math-verify
+            started = True
         waiting.append(pool.submit(_graded, grader, row, reason))
         if len(waiting) >= _AHEAD:
             yield waiting.pop(0).result()
@@ -95,7 +98,6 @@ def _rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
                     row, reason = None, f"not JSON ({error})"
                 if reason:
                     text = line.decode(errors="replace").rstrip("\r\n")[:_KEPT_TEXT]
-                    reason = f"line {number}: {reason}"
                     row = {"line": number, "reason": reason, "text": text}
                 yield row, reason
     except (EOFError, gzip.BadGzipFile) as error:

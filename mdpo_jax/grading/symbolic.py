@@ -127,18 +127,36 @@ def _rounded(gold: Any, answer: Any, request: dict[str, str]) -> bool:
     return agree_rounded(a, b, request["gold"], request["answer"])
 
 
+# What answers are made of: the parser learns its grammar as it goes, and forked children keep that.
+_USUAL = (
+    (r"\frac{1}{2}+\sqrt{3}\pi", r"0.5+\sqrt[3]{2}"),
+    (r"x^2+\sin(x)", r"\sin x+x^{2}"),
+    (
+        r"\begin{pmatrix}1 & -2\\3 & x\end{pmatrix}",
+        r"\begin{bmatrix}1 & 3\\3 & \frac{1}{2}\end{bmatrix}",
+    ),
+    ("(1,2]", r"[1,2)\cup(3,\infty)"),
+    ("x=1", "1, 2"),
+    (r"\text{neither}", r"\text{even}"),
+    (r"\{x, 2\}", r"\sqrt{y}"),
+    ("(3, -4)", r"\left(\frac{1}{3}, 2\sqrt{5}\right)"),
+    (r"F_n = \sum_{k=0}^{n-1} F_k F_{n-k-1}", r"\binom{n}{k}+n!"),
+    (r"-3 \le x < 5", r"x \in (-3, 5]"),
+    (r"3x^2 - 2xy + (y-1)^{-2}", r"(3x-1)(x+2)\cdot y"),
+    (r"\log_2 8 + e^{i\pi} - |a|", r"\ln(5) - 2i + \cos\theta"),
+    (r"1 \pm \sqrt{19}", r"\frac{-5+\sqrt{13}}{6}, \frac{-5-\sqrt{13}}{6}"),
+    (r"f(x) = 2x+1", r"90^\circ"),
+)
+
+
 def _warm() -> None:
     """Build parsers and caches once, before the fork, for all workers to share."""
-    for gold, answer in (
-        (r"\frac{1}{2}+\sqrt{3}\pi", r"0.5+\sqrt{2}"),
-        (r"x^2+\sin(x)", r"\sin x+x^2"),
-        (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1\\3\end{pmatrix}"),
-        ("(1,2]", r"[1,2)\cup(3,4)"),
-        ("x=1", "1, 2"),
-        (r"\text{neither}", r"\text{even}"),
-        (r"\{x, 2\}", r"\sqrt{y}"),
-    ):
+    for gold, answer in _USUAL:
         handle({"gold": gold, "answer": answer, "form": "answer", "policy": "strict"})
+    for gold, answer in _USUAL[:2]:
+        handle(
+            {"gold": f"${gold}$", "answer": f"is ${answer}$.", "form": "text", "policy": "strict"}
+        )
 
 
 _warm()

@@ -21,6 +21,15 @@ _UNIT = re.compile(
     r"|(?:\s|\\[,;: ])+([A-Za-z]{3,}(?:\s[A-Za-z]+)*)|\{([a-z]{2,})\})(?:\^\{?[23]\}?|[²³])?\.?",
     re.DOTALL,
 )
+_UNITS = {
+    unit: names.split()[0]
+    for names in (
+        "cm centimeter", "mm millimeter", "m meter", "km kilometer", "in inch inche", "ft foot feet",
+        "yard yd", "mile mi", "second sec", "minute min", "hour hr", "day", "week", "month", "year",
+        "gram g", "kg kilogram", "pound lb", "ounce oz", "dollar", "cent",
+    )
+    for unit in names.split()
+}  # fmt: skip
 _MAGNITUDE = re.compile(r"(?i)\b(?:hundred|thousand|million|billion|trillion|dozen|half)s?\b")
 # Words after a number that are no unit.
 _NO_UNIT = re.compile(
@@ -33,10 +42,10 @@ _WORD_WRAP = re.compile(r"\\(?:text|mathrm|textbf|mathbf|textit|mbox)\s*\{([^{}]
 _PERCENT = re.compile(
     r"\s*(?:\\?%|\\?(?:text|mbox|mathrm)?\s*\{?\s*(?:percent(?:age)?|pct)\s*\}?)\s*$"
 )
-_LONG_DECIMAL = re.compile(r"[+-]?\d*\.\d{12,}")
+_LONG_DECIMAL = re.compile(r"[+-]?\d*\.\d{10,}")
 _DECIMAL = re.compile(r"[+-]?\d*\.(\d+)%?")
 _RELATIVE = Fraction(1, 10**4)
-_LONG_VALUE = Fraction(1, 10**12)
+_LONG_VALUE = Fraction(1, 10**14)
 
 
 def clean(answer: str) -> str:
@@ -121,6 +130,12 @@ def split_unit(answer: str) -> tuple[str, str]:
         return answer, ""
     number, unit = match.group(1), next(filter(None, match.groups()[1:])).strip()
     return (answer, "") if _NO_UNIT.search(unit) or exact_number(number) is None else (number, unit)
+
+
+def units_differ(a: str, b: str) -> bool:
+    """Whether two units are known, and not the same; 5 cm is not 5 m."""
+    first, second = (_UNITS.get(u.lower(), _UNITS.get(u.lower().rstrip("s."))) for u in (a, b))
+    return None not in (first, second) and first != second
 
 
 def has_magnitude(answer: str) -> bool:

@@ -6,6 +6,7 @@ figures to compare with published ones, whose graders forgive percents, rounding
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from mdpo_jax.grading.normalise import (
@@ -18,6 +19,7 @@ from mdpo_jax.grading.normalise import (
     is_mixed,
     split_percent,
     split_unit,
+    units_differ,
 )
 from mdpo_jax.grading.structure import base, brackets, count
 from mdpo_jax.types import Verdict
@@ -25,6 +27,7 @@ from mdpo_jax.types import Verdict
 Policy = Literal["strict", "lenient"]
 POLICIES: tuple[Policy, ...] = ("strict", "lenient")
 _LONGEST_ANSWER = 1000
+_LETTERS = re.compile(r"[A-Z]{2,}")
 
 
 def settle(gold: str, answer: str, policy: Policy) -> Verdict | None:
@@ -52,15 +55,18 @@ def _strict(gold: str, answer: str) -> tuple[bool, str] | None:
     (bare_gold, gold_percent), (bare, percent) = split_percent(gold), split_percent(answer)
     (bare_gold, gold_unit), (bare, unit) = split_unit(bare_gold), split_unit(bare)
     a, b = exact_number(bare_gold), exact_number(bare)
+    if units_differ(gold_unit, unit):
+        return False, "unit"
     if gold_percent != percent and (a is None or abs(a) <= 1):
         return False, "percent"
     if a is not None and b is not None:
         if a != b and is_long_decimal(bare) and agree_as_floats(a, b):
             return True, "float"
-        if a != b or not (gold_unit and unit):
-            return a == b, "numeric"
+        return a == b, "numeric"
     if _normalised(gold, answer):
         return True, "normalised"
+    if _LETTERS.fullmatch(clean(gold)) and _LETTERS.fullmatch(clean(answer)):
+        return False, "letters"  # an order or a word; math-verify would take a product
     if has_magnitude(gold) != has_magnitude(answer):
         return False, "magnitude"
     if base(gold) != base(answer):

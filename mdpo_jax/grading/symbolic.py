@@ -25,7 +25,9 @@ logging.getLogger("math_verify").setLevel(logging.ERROR)  # "timeout is disabled
 _ROUNDING = {"strict": 12, "lenient": 4}  # its default of 6 takes 1.414214 for the root of 2
 _DIGITS = 40
 _EQUAL = sympy.Float("1e-30", _DIGITS)
-_FLOAT = sympy.Float("1e-12", _DIGITS)
+_FLOAT = sympy.Float("1e-14", _DIGITS)
+_MORE_DIGITS = 400  # 100! and 100!+1 agree in the first 150
+_ZERO = sympy.Float("1e-200", _DIGITS)
 _NOISE = sympy.Float("1e-60", _DIGITS)  # what may remain of an exact zero
 _PLACES = (sympy.Rational(13, 17), sympy.Rational(29, 23), sympy.Rational(211, 61))
 _TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")
@@ -114,9 +116,12 @@ def _same_value(gold: Any, answer: Any) -> bool | None:
     sizes = [max(abs(p) for p in pair) for pair in parts]
     if min(sizes) <= _NOISE:
         return False if max(sizes) > _NOISE else None
-    tolerance = _FLOAT if gold.has(sympy.Float) or answer.has(sympy.Float) else _EQUAL
-    apart = max(abs(p - q) for p, q in zip(*parts, strict=True))
-    return bool(apart <= tolerance * max(sizes))
+    floats = gold.has(sympy.Float) or answer.has(sympy.Float)
+    apart, size = max(abs(p - q) for p, q in zip(*parts, strict=True)), max(sizes)
+    if floats or apart > _EQUAL * size:
+        return bool(apart <= _FLOAT * size) if floats else False
+    rest = abs((gold - answer).evalf(20, maxn=_MORE_DIGITS))
+    return bool(rest <= _ZERO * size) if rest.is_number and rest.is_finite else None
 
 
 def _rounded(gold: Any, answer: Any, request: dict[str, str]) -> bool:

@@ -126,6 +126,10 @@ def test_brackets_and_bases():
         ("(1,2)", "[1,2]", "brackets", None),
         ("A", "A,B,C,D", "count", None),
         ("100, 200", "200, 100", None, None),
+        (r"5\text{ cm}", r"5\text{ m}", "unit", "+numeric"),
+        ("5 inches", r"5\text{ in}", "+numeric", "+numeric"),
+        ("BAC", "ABC", "letters", None),
+        ("1/3", "0.333333333333", "numeric", "+approximate"),
     ],
 )
 def test_what_is_cheap_per_policy(gold, answer, strict, lenient):

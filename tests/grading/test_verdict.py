@@ -73,6 +73,10 @@ def test_rounded_decimals_are_a_matter_of_policy(grader, lenient, row):
         ("11/2", "1 1/2"),
         (r"\sqrt{2}", "1.414214"),
         (r"10^{-15}", "0.0"),
+        (r"\pi", "3.14159265358"),
+        ("2^{100}", "2^{100}+1"),
+        ("100!", "100!+1"),
+        (r"(10^{40}+1)\pi", r"10^{40}\pi"),
         (r"10^{-20}\pi", r"2\cdot 10^{-20}\pi"),
     ],
 )
@@ -90,6 +94,7 @@ def test_crafted_answers_are_wrong_in_strict(grader, gold, answer):
         (r"\pi", "3.14159265358979"),
         ("3, 2/5", r"x = \frac{2}{5}, 3"),
         ("0", r"\sqrt{2}^2-2"),
+        (r"\sqrt{2}+\sqrt{3}", r"\sqrt{5+2\sqrt{6}}"),
         ("-3 [or] 3", "3"),
         ("(10,0) [or] (0,0)", "(0, 0)"),
     ],

@@ -19,6 +19,7 @@ _WORD = r"(?:\s|\$|\\[()\[\],;! ]|\\q?quad|[.,;]|(?<![a-zA-Z])(?:and|or|respecti
 _TEXT = rf"\\(?:text|mbox|mathrm)\s*\{{{_WORD}*\}}"
 _NAME = r"[a-zA-Z](?:_\{?\w+\}?)?(?:\([a-zA-Z]\))?\s*=\s*"
 _CONNECTOR = re.compile(rf"(?:{_WORD}|{_TEXT})+(?:{_NAME})?(?:{_WORD})*|")
+_LONGEST_GAP = 80
 _GAP = re.compile(r"\\phantom\s*\{[^{}]*\}")  # a box to fill in, drawn in the solution
 _ACCEPTED = re.compile(r"also (?:be )?(?:an? )?accept|acceptable answer|is a correct answer")
 _LEFT_SIDE = re.compile(r"([a-zA-Z]\w*)\s*=\s*$")
@@ -35,11 +36,6 @@ class Box(NamedTuple):
     content: str
 
 
-def boxes(text: str) -> list[Box | None]:
-    r"""Every `\boxed{...}` or `\fbox{...}` in order; None for one that is open or empty."""
-    return [_box(text, match) for match in _BOX.finditer(text)]
-
-
 def extract_boxed(text: str) -> str | None:
     """Content of the last box; None if there is none or it is open."""
     found = list(_BOX.finditer(text))
@@ -52,13 +48,13 @@ def extract_answer(text: str, lenient: bool = False) -> str | None:
 
     lenient: the paper's fallbacks as well: "the answer is ...", `####`, the last number.
     """
-    found = boxes(text)
-    if found and found[-1] is not None:
-        joined = [found[-1]]
-        for box in reversed(found[:-1]):
-            if box is None or not _CONNECTOR.fullmatch(text[box.end : joined[0].start]):
-                break
-            joined.insert(0, box)
+    joined: list[Box] = []
+    for match in reversed(list(_BOX.finditer(text))):
+        box = _box(text, match)
+        if box is None or (joined and not _connected(text[box.end : joined[0].start], box, joined)):
+            break
+        joined.insert(0, box)
+    if joined:
         return ", ".join(_distinct([b.content for b in joined]))
     return _fallback(text) if lenient else None
 
@@ -70,7 +66,8 @@ def extract_gold(solution: str) -> str | None:
     one display do, where they give the same unknown, or where they are angles; they are alternatives
     where the solution says that another answer is accepted too.
     """
-    found = [b for b in boxes(solution) if b is not None and not _GAP.fullmatch(b.content)]
+    every = [_box(solution, match) for match in _BOX.finditer(solution)]
+    found = [b for b in every if b is not None and not _GAP.fullmatch(b.content)]
     different = _distinct([b.content for b in found])
     if len(different) < 2:
         return different[-1] if different else None
@@ -105,6 +102,14 @@ def _box(text: str, match: re.Match[str]) -> Box | None:
         if depth == 0:
             return Box(match.start(), brace.end(), text[match.end() : brace.start()].strip())
     return None
+
+
+def _connected(gap: str, box: Box, later: Sequence[Box]) -> bool:
+    return (
+        box.end <= later[0].start  # not around it
+        and len(gap) <= _LONGEST_GAP  # the pattern takes quadratic time
+        and _CONNECTOR.fullmatch(gap) is not None
+    )
 
 
 def _fallback(text: str) -> str | None:

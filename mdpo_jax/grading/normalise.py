@@ -118,14 +118,14 @@ def agree_rounded(a: Fraction, b: Fraction, *texts: str) -> bool:
 
 def split_percent(answer: str) -> tuple[str, bool]:
     """The answer without its percent mark or word, and whether it had one."""
-    text = answer.strip().strip("$")
+    text = _single_spaced(answer)
     bare = _PERCENT.sub("", text)
     return (bare, True) if bare != text and bare else (answer, False)
 
 
 def split_unit(answer: str) -> tuple[str, str]:
     r"""A number's text and the words after it: `10\text{ cm}`, `10 weeks`; "" where none are."""
-    match = _UNIT.fullmatch(answer.strip().strip("$"))
+    match = _UNIT.fullmatch(_single_spaced(answer))
     if match is None or has_magnitude(answer):
         return answer, ""
     number, unit = match.group(1), next(filter(None, match.groups()[1:])).strip()
@@ -141,6 +141,11 @@ def units_differ(a: str, b: str) -> bool:
 def has_magnitude(answer: str) -> bool:
     """Whether words multiply or divide what they follow: 3 million is not 3."""
     return _MAGNITUDE.search(answer) is not None
+
+
+def _single_spaced(answer: str) -> str:
+    """Runs of spaces cost the patterns of units and percents more than the square of their length."""
+    return re.sub(r"\s+", " ", answer).strip().strip("$").strip()
 
 
 def _mixed(sign: str, whole: str, top: str, bottom: str) -> Fraction | None:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Literal
 
 from mdpo_jax.grading import rules
 from mdpo_jax.grading.extract import ALTERNATIVE, extract_answer, extract_display
 from mdpo_jax.grading.pool import Pool
 from mdpo_jax.grading.rules import POLICIES, Policy
-from mdpo_jax.types import Verdict
+from mdpo_jax.types import Label, Verdict
 
 Form = Literal["answer", "text", "solution"]
 FORMS: tuple[Form, ...] = ("answer", "text", "solution")
+_LABELS: dict[str, Label] = {"correct": "correct", "wrong": "wrong", "unknown": "unknown"}
 _CACHED = 1 << 18
 _LONGEST_TEXT = 20_000
 # A loaded machine may be why: the same pair may fare better another time.
@@ -121,11 +121,7 @@ class Grader:
             sent = answer[-_LONGEST_TEXT:]  # an answer stands at the end
         request = {"gold": gold, "answer": sent, "form": form, "policy": self.policy}
         result = self._pool.call(request)
-        if result["label"] not in ("correct", "wrong", "unknown"):
-            return Verdict("unknown", "killed", answer)
-        return dataclasses.replace(
-            Verdict("unknown", result["rule"], answer), label=result["label"]
-        )
+        return Verdict(_LABELS.get(result["label"], "unknown"), result["rule"], answer)
 
 
 def _rebuilt(timeout: float, arguments: dict) -> Grader:

@@ -1,5 +1,7 @@
 """The answer in a text and the gold in a solution."""
 
+import time
+
 import pytest
 
 from mdpo_jax.grading.extract import (
@@ -39,6 +41,9 @@ def test_the_last_box(text, answer):
         (r"$x = \boxed{1}$ or $x = \boxed{2}$", "1, 2"),
         (r"\boxed{5} or \boxed{5}", "5"),
         (r"\boxed{1} no no \boxed{2}", "2"),
+        (r"\boxed{\boxed{5}}", "5"),
+        (r"\boxed{1}\boxed{2}", "1, 2"),
+        (r"\boxed{open \boxed{2}", "2"),
         (r"\boxed{\frac{25}{13}} = \boxed{1\frac{12}{13}}", r"1\frac{12}{13}"),
         ("The answer is 5.", None),
     ],
@@ -86,6 +91,29 @@ def test_lenient_fallbacks(text, answer):
 )  # fmt: skip
 def test_golds_in_several_boxes(solution, gold):
     assert extract_gold(solution) == gold
+
+
+# Each would cost a careless pattern or a scan from every box more than a minute.
+@pytest.mark.parametrize(
+    "text",
+    [
+        r"\boxed{" * 20_000,
+        r"\boxed{" * 5_000 + "1" + "}" * 5_000,
+        r"\boxed{1} and " * 20_000,
+        r"\boxed{1}" + " " * 50_000 + r"x\boxed{2}",
+        r"\boxed{1}" + ", and" * 10_000 + r"x\boxed{2}",
+        "$" * 50_000,
+        "answer is " * 10_000,
+        "1,111" * 10_000,
+    ],
+    ids=lambda text: text[:16],
+)
+def test_no_text_takes_long(text):
+    start = time.monotonic()
+    extract_answer(text)
+    extract_answer(text, lenient=True)
+    extract_display(text)
+    assert time.monotonic() - start < 20
 
 
 def test_gsm8k_mark():

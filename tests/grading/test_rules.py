@@ -1,5 +1,6 @@
 """What is settled without a worker: exact numbers, percents, units, shape."""
 
+import time
 from fractions import Fraction
 
 import pytest
@@ -100,6 +101,20 @@ def test_brackets_and_bases():
         "()", "{}", "[)", None, None,
     ]  # fmt: skip
     assert [base(t) for t in ("664_7", "664_{12}", "664", "a_7")] == ["7", "12", None, None]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["5" + " " * 990 + "!", "5}" * 499, "5 a" * 333, "(" * 999, "5," * 499, "{" * 499 + "}" * 499,
+     " %" * 499, "\\," * 499, "\\text{" * 166, "5" + r"\text{ a" * 124,
+     "and " * 249, "5 " + "a b " * 249],
+    ids=lambda text: text[:8],
+)  # fmt: skip
+def test_no_answer_takes_long(answer):
+    start = time.monotonic()
+    for policy in ("strict", "lenient"):
+        settle("7", answer, policy)
+    assert time.monotonic() - start < 5
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "mdpo_jax"
 FLOOR = {
-    "train": 6, "evaluate": 6, "export": 6, "report": 6,
+    "train": 6, "evaluate": 6, "export": 6, "report": 6, "grade": 6,
     "doors": 5.5,
     "pipeline": 5,
     "training": 4, "rollout": 4,

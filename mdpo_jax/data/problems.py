@@ -210,12 +210,12 @@ def _own_or_gsm8k_gold(row: dict[str, Any]) -> str:
 
 def _math_gold(row: dict[str, Any]) -> str:
     # Imported here: SymPy behind it takes a second that `--help` need not wait for.
-    from mdpo_jax.grading.extract import extract_boxed
+    from mdpo_jax.grading.extract import extract_gold
 
     if "answer" in row:
         return _text(row, "answer")
     solution = _text(row, "solution")
-    gold = extract_boxed(solution)
+    gold = extract_gold(solution)
     if gold is None or not gold.strip():
         raise _BadRowError(
             f"solution: no gold in {_short(solution[-60:])}; expected a \\boxed{{}} that holds it"

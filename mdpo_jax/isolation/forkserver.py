@@ -89,6 +89,16 @@ class ForkServer:
             for worker in list(self._workers):
                 worker.close()
 
+    def abandon(self) -> None:
+        """In a process forked from ours: let go of our zygote and workers without a word to them."""
+        self._closed = True
+        if self._channel is not None:
+            self._channel.close()
+        self._channel = self._process = None
+        for worker in self._workers:
+            worker.abandon()
+        self._workers.clear()
+
     def __enter__(self) -> ForkServer:
         return self
 
@@ -209,6 +219,17 @@ class Worker:
         except (OSError, frames.FrameError):
             self.close()
             raise WorkerDied("killed") from None
+
+    @property
+    def alive(self) -> bool:
+        """False once it was closed or found dead."""
+        return self._fds is not None
+
+    def abandon(self) -> None:
+        """Close our ends of its pipes; the process is somebody else's."""
+        for fd in self._fds or ():
+            os.close(fd)
+        self._fds = None
 
     def close(self) -> None:
         """End the process and all it started; harmless when repeated."""

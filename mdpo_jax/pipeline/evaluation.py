@@ -31,9 +31,10 @@ def sample(
 
 
 def verdict(context: Context, gold: str, trajectory: Trajectory) -> Verdict:
-    """The grader's word on the last action."""
+    """The grader's word on the last action; a trajectory that a limit cut is not finished."""
     last = trajectory.ids[trajectory.actions[-1]]
-    return context.grader.grade(gold, context.chat.decode(last))
+    finished = trajectory.finish not in ("turn_limit", "token_limit")
+    return context.grader.grade(gold, context.chat.decode(last), finished=finished)
 
 
 def evaluate(

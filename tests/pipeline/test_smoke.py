@@ -9,7 +9,7 @@ from mdpo_jax.recipes import load_recipe, smoke
 def test_smoke_keeps_the_recipes_settings():
     recipe, small = load_recipe("gemma7b"), smoke(load_recipe("gemma7b"))
     assert small.train.eta == recipe.train.eta
-    assert small.train.reference == recipe.train.reference == "updated"
+    assert small.reference == recipe.reference == "updated"
     assert small.pairs.per_problem == recipe.pairs.per_problem
     assert small.rollout.max_turns == recipe.rollout.max_turns == 6
     assert small.rollout.samples == recipe.rollout.samples == 20

@@ -12,5 +12,5 @@ def _by_parity(context, gold, trajectory):
 
 
 if __name__ == "__main__":
-    evaluation._verdict = _by_parity
+    evaluation.verdict = _by_parity
     sys.exit(train.main(sys.argv[1:]))

@@ -422,3 +422,27 @@ def test_monte_carlo_weighs_the_states_that_could_have_come(run, monkeypatch):
     made.__dict__["tool"], seen[:] = Certain(), []
     assert monte_carlo._term_c(made, [t], {"p": problem}, "i", lambda done: None) == [0.0]
     assert not seen
+
+
+def test_estimates_are_kept_in_the_pairs_order_and_not_made_twice(run, monkeypatch):
+    made = context(run, "term_c.kind=monte_carlo", "rollout.chunk_problems=3")
+    made.__dict__["sampler"] = type("Sampler", (), {"load": lambda self, params: None})()
+    trained(run)
+    folder = run / "run" / "iteration-1" / monte_carlo.TERM_C
+    rows = list(store.read_lines(folder.parent / "reference" / "pairs.jsonl.gz"))
+    asked = []
+
+    def by_length(context, sides, problems, stream, advance):
+        asked.append(len(sides))
+        return [float(len(t.ids)) for t in sides]
+
+    monkeypatch.setattr(monte_carlo, "_term_c", by_length)
+    problems = [Problem(row["chosen"]["problem_id"], "q", "1") for row in rows]
+    start = run / "run" / "sft" / PARAMS
+    for _ in range(2):
+        done = monte_carlo.estimate(made, folder, problems, start, lambda done: None)
+    lengths = [{s: float(len(row[s]["ids"])) for s in ("chosen", "rejected")} for row in rows]
+    assert monte_carlo.read(folder) == lengths
+    assert asked == [2 * 3] * (len(rows) // 3) + [2 * (len(rows) % 3)] * (len(rows) % 3 > 0)
+    margins = [abs(r["chosen"] - r["rejected"]) for r in lengths]
+    assert done["mean_abs_margin"] == pytest.approx(np.mean(margins))

@@ -56,6 +56,12 @@ def read_lines(path: Path) -> Iterator[dict]:
         ) from None
 
 
+def read_folder(folder: Path) -> Iterator[dict]:
+    """The rows of all of a folder's files, in the order of their names."""
+    for file in sorted(folder.glob("*.jsonl.gz")):
+        yield from read_lines(file)
+
+
 def graded_row(graded: Graded) -> dict:
     """A graded trajectory as a plain dict."""
     t, v = graded

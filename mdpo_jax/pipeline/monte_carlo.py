@@ -77,7 +77,7 @@ def estimate(
 
 def read(folder: Path) -> list[dict[str, float]]:
     """(C) of `chosen` and `rejected` of every pair, in the pairs' order."""
-    return [row for file in sorted(folder.glob("*.jsonl.gz")) for row in store.read_lines(file)]
+    return list(store.read_folder(folder))
 
 
 def _term_c(
@@ -86,8 +86,10 @@ def _term_c(
 ) -> list[float]:  # fmt: skip
     turns: list[list[_Turn]] = []
     for start in range(0, len(sides), _AT_ONCE):
-        asked = [(t, _ask(context, t, stream)) for t in sides[start : start + _AT_ONCE]]
-        turns += [_answered(context, t, calls) for t, calls in asked]
+        some = sides[start : start + _AT_ONCE]
+        texts = [[context.chat.decode(t.ids[span]) for span in t.actions] for t in some]
+        calls = [_ask(context, *both, stream) for both in zip(some, texts, strict=True)]
+        turns += [_answered(context, *three) for three in zip(some, texts, calls, strict=True)]
     states = {
         prefix: side.problem_id
         for side, observed in zip(sides, turns, strict=True)
@@ -108,12 +110,10 @@ def _term_c(
     return out
 
 
-def _ask(context: Context, trajectory: Trajectory, stream: str) -> list[_Call]:
+def _ask(context: Context, trajectory: Trajectory, texts: list[str], stream: str) -> list[_Call]:
     """Run every action but the last again, each call in a session of its own."""
-    actions = trajectory.actions
-    texts = [context.chat.decode(trajectory.ids[span]) for span in actions]
     asked = []
-    for h, span in enumerate(actions[:-1]):
+    for h, span in enumerate(trajectory.actions[:-1]):
         before = trajectory.ids[: span.stop]
         for m in range(context.config.term_c.observations):
             key = f"{context.config.seed}/{stream}/term-c/{_digest(before)}/{m}"
@@ -122,10 +122,11 @@ def _ask(context: Context, trajectory: Trajectory, stream: str) -> list[_Call]:
     return asked
 
 
-def _answered(context: Context, trajectory: Trajectory, calls: list[_Call]) -> list[_Turn]:
+def _answered(
+    context: Context, trajectory: Trajectory, texts: list[str], calls: list[_Call]
+) -> list[_Turn]:
     """What the tool said, beside what it had said."""
     actions = trajectory.actions
-    texts = [context.chat.decode(trajectory.ids[span]) for span in actions]
     drawn = [Counter[Prefix]() for _ in actions[:-1]]
     for h, session, call in calls:
         ids, roles = context.chat.observation(
@@ -175,16 +176,12 @@ def _values(
         for prefix in going
         for k in range(count)
     ]
-    found = context.engine.run(
-        requests,
-        policy="term-c",
-        temperature=1.0,
-        advance=advance,  # V is of the policy itself
-    )
-    right = [verdict(context, problems[t.problem_id].answer, t).correct for t in found]
-    utility = settings.utility * np.asarray(right, np.float32).reshape(len(going), count)
     if not going:
         return dict.fromkeys(states, 0.0)
+    # At temperature 1, whatever the rollouts': V is of the policy itself.
+    found = context.engine.run(requests, policy="term-c", temperature=1.0, advance=advance)
+    right = [verdict(context, problems[t.problem_id].answer, t).correct for t in found]
+    utility = settings.utility * np.asarray(right, np.float32).reshape(len(going), count)
     values = np.asarray(soft_value(jnp.asarray(utility), eta=context.config.train.eta)).tolist()
     return dict.fromkeys(states, 0.0) | dict(zip(going, values, strict=True))
 

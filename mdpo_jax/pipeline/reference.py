@@ -70,10 +70,11 @@ def recorded(path: Path) -> str:
 
 def checked(params: Any, path: Path) -> Any:
     """Parameters read from `path`, if they are those that its stage wrote; else ConfigError."""
-    if fingerprint(params) != recorded(path):
+    found, wrote = fingerprint(params), recorded(path)
+    if found != wrote:
         raise ConfigError(
-            f"{path}: its fingerprint is {fingerprint(params)}, but its stage wrote "
-            f"{recorded(path)}; expected the parameters as they were written"
+            f"{path}: its fingerprint is {found}, but its stage wrote {wrote}; expected the "
+            "parameters as they were written"
         )
     return params
 
@@ -149,9 +150,8 @@ def _unselected(context: Context, folder: Path, pairs: int) -> list[Graded]:
     """Rollouts of this iteration that no filter, but for length and an unknown verdict, has seen."""
     length, most = context.config.train.row_length, context.config.term_c.rollouts * pairs
     kept: list[tuple[bytes, Graded]] = []
-    for file in sorted((folder.parent / "rollout").glob("*.jsonl.gz")):
-        for graded in map(store.graded_from, store.read_lines(file)):
-            if len(graded.trajectory.ids) <= length and graded.verdict.label != "unknown":
-                key = f"{context.config.seed}/{graded.trajectory.key}"
-                kept.append((hashlib.sha256(key.encode()).digest(), graded))
+    for graded in map(store.graded_from, store.read_folder(folder.parent / "rollout")):
+        if len(graded.trajectory.ids) <= length and graded.verdict.label != "unknown":
+            key = f"{context.config.seed}/{graded.trajectory.key}"
+            kept.append((hashlib.sha256(key.encode()).digest(), graded))
     return [graded for _, graded in sorted(kept, key=lambda entry: entry[0])[:most]]

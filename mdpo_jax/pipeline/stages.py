@@ -238,8 +238,7 @@ def build_pairs(context: Context, folder: Path, iteration: int) -> dict[str, Any
     rules = pairs.Rules(
         p.per_problem, p.max_tokens, p.keep_limit, p.require_tool, p.drop_error_before_answer
     )
-    files = sorted((folder.parent / "rollout").glob("*.jsonl.gz"))
-    graded = (store.graded_from(row) for file in files for row in store.read_lines(file))
+    graded = map(store.graded_from, store.read_folder(folder.parent / "rollout"))
     found = pairs.select(graded, rules, f"{context.config.seed}/{iteration}")
     length = context.config.train.row_length
     short = [q for q in found.pairs if max(len(q.chosen.ids), len(q.rejected.ids)) <= length]
@@ -310,7 +309,7 @@ def _sampler_difference(
     Over the first of the iteration's trajectories that the policy at `start` sampled, in nats.
     """
     name, length = str(start.relative_to(context.directory)), context.config.train.row_length
-    rows = (row for file in sorted(rollouts.glob("*.jsonl.gz")) for row in store.read_lines(file))
+    rows = store.read_folder(rollouts)
     found = (store.trajectory_from(row) for row in rows if row["policy"] == name)
     some = list(itertools.islice((t for t in found if len(t.ids) <= length), _COMPARED))
     if not some:

@@ -74,7 +74,7 @@ class _Slot:
     turn_start: int
     turns: int = 0
     generated: int = 0
-    cached: bool = False  # whether the sampler has seen any of it
+    cached: int = 0  # ids at the beginning that the sampler has got
     statuses: list[str] = dataclasses.field(default_factory=list)
     finish: Finish | None = None
 
@@ -89,10 +89,12 @@ class _Slot:
         self.roles += [int(Role.ACTION)] * len(ids)
         self.log_probs += log_probs
         self.generated += len(ids)
+        self.cached = len(self.ids)
 
     def cut(self, length: int) -> None:
         self.generated -= len(self.ids) - length
         del self.ids[length:], self.roles[length:], self.log_probs[length:]
+        self.cached = length
 
 
 class Engine:
@@ -174,16 +176,17 @@ class Engine:
 
     def _extend(self, state: DecodeState, grown: dict[int, _Slot]) -> DecodeState:
         """Bring the cache up to each slot's ids: everything since its last action."""
-        new = {i: _unseen(slot) for i, slot in grown.items()}
-        for slot in grown.values():
-            slot.cached = True
-        return self._sampler.extend(
+        slots = grown.values()
+        state = self._sampler.extend(
             state,
             list(grown),
-            [grown[i].ids[-n:] for i, n in new.items()],
-            [len(grown[i].ids) - n for i, n in new.items()],
-            [_seed(grown[i].request.key) for i in grown],
+            [slot.ids[slot.cached :] for slot in slots],
+            [slot.cached for slot in slots],
+            [_seed(slot.request.key) for slot in slots],
         )
+        for slot in slots:
+            slot.cached = len(slot.ids)
+        return state
 
     def _block(
         self, state: DecodeState, running: dict[int, _Slot], temperature: float
@@ -259,16 +262,6 @@ class Engine:
             return False
         slot.append(ids, roles)
         return True
-
-
-def _unseen(slot: _Slot) -> int:
-    """How many ids at the end the cache has not got: all that follow the last action."""
-    if not slot.cached:
-        return len(slot.ids)
-    count = 0
-    while count < len(slot.roles) and slot.roles[-1 - count] != Role.ACTION:
-        count += 1
-    return count
 
 
 def _seed(key: str) -> tuple[int, int]:

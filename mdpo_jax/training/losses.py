@@ -12,11 +12,13 @@ from jaxtyping import Array, Float
 from mdpo_jax import objectives
 from mdpo_jax.model import transformer
 from mdpo_jax.model.families import ModelConfig
+from mdpo_jax.objectives.mdpo import Kind
+from mdpo_jax.objectives.mkto import KLConvention
 from mdpo_jax.training import value
+from mdpo_jax.training.segments import Arrays, at_tokens, by_sequence
 from mdpo_jax.training.value import ValueTerm
 from mdpo_jax.types import ACTION_PARTS, Part
 
-Arrays = dict[str, Any]
 # Metrics that are maxima over pairs; all others are sums whose weights already hold the counts.
 MAXIMA = ("log_ratio/max_abs",)
 
@@ -34,12 +36,12 @@ class Objective:
     kind: Literal["pairs", "unpaired", "likelihood"]
     eta: float = 0.1
     nll_weight: float = 0.0
-    loss: Literal["sigmoid", "ipo", "hinge", "robust"] = "sigmoid"
+    loss: Kind = "sigmoid"
     label_smoothing: float = 0.0
     length_normalised: bool = False
     lambda_correct: float = 1.0
     lambda_wrong: float = 1.0
-    kl: Literal["mismatched", "batch_mean", "zero"] = "mismatched"
+    kl: KLConvention = "mismatched"
     observation_ce_weight: float = 0.0
     value: ValueTerm | None = None
     turns: int = 0
@@ -94,20 +96,11 @@ def totals(batch: Arrays) -> Arrays:
         "tokens": jnp.sum(batch["weights"]),
         "sequences": jnp.sum(mask),
         "observations": jnp.sum(batch["parts"] == Part.OBSERVATION),
-        "readouts": sum(jnp.sum(m) for m in value.readouts(batch)),
+        "readouts": jnp.sum(value.readouts(batch)),
     }
     counts = {name: jnp.maximum(count, 1) for name, count in counts.items()}
     share = 1 / counts["sequences"]
     return counts | {"correct": correct * share, "wrong": (jnp.sum(mask) - correct) * share}
-
-
-def by_sequence(per_token: Array, micro: Arrays) -> Float[Array, " sequences"]:
-    """[R L] -> sums over each sequence's tokens."""
-    slots = micro["sequence_mask"].shape[0]
-    flat = jax.ops.segment_sum(
-        per_token.reshape(-1), micro["segments"].reshape(-1), num_segments=slots + 1
-    )
-    return flat[1:]  # segment 0 is padding
 
 
 def micro_loss(
@@ -212,7 +205,7 @@ def _split(
     objective: Objective, side: str, ratios: Array, share: Float[Array, " sequences"], micro: Arrays
 ) -> Arrays:
     """A side's mean log-ratio, in nats, cut by turn and by what the action's tokens are."""
-    per_token = ratios * jnp.pad(share, (1, 0))[micro["segments"]]
+    per_token = ratios * at_tokens(share, micro)
     turns = jnp.clip(micro["turns"], 0, objective.turns)
 
     def cut(buckets: Array, count: int) -> Array:

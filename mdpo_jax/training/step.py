@@ -18,7 +18,8 @@ from mdpo_jax.model import lora, sharding
 from mdpo_jax.model.families import ModelConfig
 from mdpo_jax.model.lora import Lora
 from mdpo_jax.training import losses
-from mdpo_jax.training.losses import Arrays, Forward, Objective, log_probs
+from mdpo_jax.training.losses import Forward, Objective, log_probs
+from mdpo_jax.training.segments import Arrays, by_sequence
 from mdpo_jax.training.state import Optimiser, TrainState
 from mdpo_jax.training.value import Joint
 from mdpo_jax.types import PackedBatch
@@ -122,7 +123,7 @@ def _reference_point(
     def body(index: Any, total: Array) -> Array:
         micro = micro_batch(source, index)
         ratios = log_probs(config, forward, policy, micro) - micro["reference"]
-        sums = losses.by_sequence(ratios * micro["weights"], micro)
+        sums = by_sequence(ratios * micro["weights"], micro)
         return total + objectives.kl_estimate(sums, weight[index], convention=objective.kl)
 
     return jax.lax.fori_loop(0, _filled(source), body, jnp.zeros(()))
@@ -143,6 +144,7 @@ def make_step(
     The state is donated, `fixed` never.  With an `adapter` the policy's params are that alone.
     fixed and mismatched may be left out where there is nothing to hand over.
     """
+    pin = _pin(config, objective, mesh, adapter)
 
     def step(
         state: TrainState, batch: Arrays, learning_rate: Float[Array, ""], fixed: Fixed = NOTHING,
@@ -158,31 +160,28 @@ def make_step(
         updates, opt_state = optimiser.transform().update(gradients, state.opt_state, state.params)
         params = _updated(objective, state.params, updates, learning_rate)
         metrics |= {"grad_norm": optax.tree.norm(gradients), "learning_rate": learning_rate}
-        return TrainState(params, opt_state, state.step + 1), metrics
+        return TrainState(pin(params), opt_state, state.step + 1), metrics
 
+    return jax.jit(step, donate_argnums=0)
+
+
+def _pin(
+    config: ModelConfig, objective: Objective, mesh: Mesh | None, adapter: Lora | None
+) -> Callable[[Any], Any]:
+    """Keeps new parameters where the old ones lay.
+
+    Without this the compiler may give a leaf another layout than it came in with, and the next call
+    would compile anew.
+    """
     if mesh is None:
-        return jax.jit(step, donate_argnums=0)
+        return lambda params: params
     if adapter is None:
-        shardings = sharding.param_shardings(config, mesh)
+        shardings: Any = sharding.param_shardings(config, mesh)
     else:
         shardings = lora.shardings(config, adapter, mesh)
-
-    def pinned(
-        state: TrainState, batch: Arrays, learning_rate: Float[Array, ""], fixed: Fixed = NOTHING,
-        mismatched: Arrays | None = None,
-    ):  # fmt: skip
-        # Without this the compiler may give a leaf another layout than it came in with, and the
-        # next call would compile anew.
-        new, metrics = step(state, batch, learning_rate, fixed, mismatched)
-        params = new.params
-        if objective.value is None:
-            params = jax.lax.with_sharding_constraint(params, shardings)
-        else:
-            replicated = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), params.head)
-            params = jax.lax.with_sharding_constraint(params, Joint(shardings, replicated))
-        return new._replace(params=params), metrics
-
-    return jax.jit(pinned, donate_argnums=0)
+    if objective.value is not None:  # the head is small, and on every device
+        shardings = Joint(shardings, NamedSharding(mesh, PartitionSpec()))
+    return lambda params: jax.lax.with_sharding_constraint(params, shardings)
 
 
 def _updated(objective: Objective, params: Any, updates: Any, learning_rate: Array) -> Any:

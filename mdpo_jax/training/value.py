@@ -22,9 +22,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from mdpo_jax.training.segments import Arrays, at_tokens, by_sequence
 from mdpo_jax.types import Part
-
-Arrays = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,14 +48,13 @@ def init_head(width: int) -> Arrays:
     return {"kernel": jnp.zeros(width, jnp.float32), "bias": jnp.zeros((), jnp.float32)}
 
 
-def readouts(batch: Arrays) -> tuple[Array, Array]:
-    """Bool masks of the places of V and of Q, of the sequences that are in no pair.
+def readouts(batch: Arrays) -> Array:
+    """Bool mask of the places of V and of Q, of the sequences that are in no pair.
 
     batch: a micro-batch's arrays, or those of all micro-batches with their leading axis.
     """
     before, after = _places(batch)
-    single = _single(batch)
-    return before & single, after & single
+    return (before | after) & _single(batch)
 
 
 def _places(batch: Arrays) -> tuple[Array, Array]:
@@ -74,7 +72,7 @@ def _single(batch: Arrays) -> Array:
         mask = micro["sequence_mask"]
         for side in ("chosen", "rejected"):
             mask = mask.at[micro[side]].add(-micro["pair_mask"])
-        return jnp.pad(mask, (1, 0))[micro["segments"]] > 0
+        return at_tokens(mask, micro) > 0
 
     names = ("sequence_mask", "chosen", "rejected", "pair_mask", "segments")
     used = {name: batch[name] for name in names}
@@ -91,27 +89,20 @@ def term_c_and_loss(
     """
     found = jnp.einsum("rlw,w->rl", hidden.astype(jnp.float32), head["kernel"]) + head["bias"]
     before, after = _places(micro)
-    segments, turns, slots = micro["segments"], micro["turns"], micro["sequence_mask"].shape[0]
-
-    def per_sequence(reduce: Any, tokens: Array) -> Array:
-        return reduce(tokens.reshape(-1), segments.reshape(-1), num_segments=slots + 1)
-
-    total, last = (
-        per_sequence(jax.ops.segment_sum, rewards),
-        per_sequence(jax.ops.segment_max, turns),
-    )
+    turns = micro["turns"]
+    total, last = by_sequence(rewards, micro), by_sequence(turns, micro, jax.ops.segment_max)
     # What the actions up to a token have earned: the row's running sum less that before its
     # sequence began.
     running = jnp.cumsum(rewards, axis=1)
     begins = micro["positions"] == 0
-    earlier = per_sequence(jax.ops.segment_sum, jnp.where(begins, running - rewards, 0))
-    ahead = (total + earlier)[segments] - running
-    utility = term.utility * jnp.pad(micro["correct"], (1, 0))[segments]
+    earlier = by_sequence(jnp.where(begins, running - rewards, 0), micro)
+    ahead = at_tokens(total + earlier, micro) - running
+    utility = term.utility * at_tokens(micro["correct"], micro)
     target = jax.lax.stop_gradient(utility - ahead)
-    used = (before | after) & _single(micro)
+    used = readouts(micro)
     loss = jnp.sum(jnp.where(used, (found - target) ** 2, 0)) / totals["readouts"]
     fixed = jax.lax.stop_gradient(found)
     observed = jnp.where(before & (turns > 0), fixed, 0)
-    expected = jnp.where(after & (turns < last[segments]), fixed, 0)
-    c = per_sequence(jax.ops.segment_sum, observed - expected)[1:]
+    expected = jnp.where(after & (turns < at_tokens(last, micro)), fixed, 0)
+    c = by_sequence(observed - expected, micro)
     return c, loss, {"value/mean": jnp.sum(jnp.where(used, fixed, 0)) / totals["readouts"]}

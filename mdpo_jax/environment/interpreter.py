@@ -77,6 +77,10 @@ class _Session:
         """Run the action's blocks in order; the last one's output is the observation."""
         return self._tool._pool.submit(self._run, code_blocks(action))
 
+    def run_cell(self, code: str) -> Future[Observation]:
+        """Run code that stands in no action, as one cell."""
+        return self._tool._pool.submit(self._run, [code])
+
     def close(self) -> None:
         """End the process, if there is one."""
         with self._lock:

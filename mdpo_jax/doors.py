@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import errno
 import os
@@ -62,6 +63,20 @@ def guarded(work: Callable[[], None]) -> int:
         print("interrupted; the same command resumes", file=sys.stderr)
         return EXIT_RESUMABLE
     return EXIT_OK
+
+
+def row_files(options: argparse.Namespace, source: str, positive: Sequence[str]) -> None:
+    """ValueError unless the file of rows is there, `out` can be written, and numbers are over 0."""
+    path, out = getattr(options, source), options.out
+    for name in positive:
+        if not getattr(options, name) > 0:
+            raise ValueError(f"--{name}={getattr(options, name)}; expected more than 0")
+    if not path.is_file():
+        raise ValueError(f"--{source}={path}: no such file; expected JSON lines")
+    if out.resolve() == path.resolve():
+        raise ValueError(f"--out={out}: is the file of {source}; expected another")
+    if not out.parent.is_dir() or out.is_dir():
+        raise ValueError(f"--out={out}: expected a file in a folder that exists")
 
 
 @contextlib.contextmanager

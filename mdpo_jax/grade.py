@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mdpo_jax.doors import guarded, interrupts_held
+from mdpo_jax.doors import guarded, interrupts_held, row_files
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -35,17 +35,8 @@ def _grade(options: argparse.Namespace) -> None:
         from mdpo_jax.grading.cases import grade_file
         from mdpo_jax.grading.verdict import Grader
 
-    for name in ("threads", "timeout"):
-        if getattr(options, name) <= 0:
-            raise ValueError(f"--{name}={getattr(options, name)}; expected more than 0")
-    if not options.cases.is_file():
-        raise ValueError(f"--cases={options.cases}: no such file; expected JSON lines")
-    if options.out.resolve() == options.cases.resolve():
-        raise ValueError(f"--out={options.out}: is the file of cases; expected another")
-    if not options.out.parent.is_dir() or options.out.is_dir():
-        raise ValueError(f"--out={options.out}: expected a file in a folder that exists")
-    workers = max(options.threads, 1)
-    with Grader(options.timeout, policy=options.policy, workers=workers) as grader:
+    row_files(options, "cases", positive=("threads", "timeout"))
+    with Grader(options.timeout, policy=options.policy, workers=options.threads) as grader:
         counts = grade_file(grader, options.cases, options.out, options.threads)
     print(f"{options.out}: {', '.join(f'{n} {label}' for label, n in sorted(counts.items()))}")
 

@@ -9,13 +9,13 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "mdpo_jax"
 FLOOR = {
-    "train": 6, "evaluate": 6, "export": 6, "report": 6, "grade": 6,
+    "train": 6, "evaluate": 6, "export": 6, "report": 6, "grade": 6, "execute": 6,
     "doors": 5.5,
     "pipeline": 5,
     "training": 4, "rollout": 4,
     "data": 3, "model": 3,
     "reporting": 2, "grading": 2, "environment": 2, "chat": 2, "recipes": 2,
-    "objectives": 1, "isolation": 1, "config": 1, "types": 1,
+    "objectives": 1, "isolation": 1, "config": 1, "types": 1, "rows": 1,
     "methods": 0,
 }  # fmt: skip
 NO_JAX = (
@@ -23,6 +23,7 @@ NO_JAX = (
     "environment",
     "grading",
     "types",
+    "rows",
     "config",
     "methods",
     "recipes",

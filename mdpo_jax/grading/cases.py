@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import gzip
-import json
-import os
 import time
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from mdpo_jax.grading.extract import ALTERNATIVE
 from mdpo_jax.grading.verdict import FORMS, Grader
-
-_AHEAD = 256  # rows read before their turn
-_KEPT_TEXT = 2000
-
-
-class CaseError(ValueError):
-    """A file of cases that cannot be read, or without one good row."""
+from mdpo_jax.rows import Row, in_order, read_rows, short, write_rows
 
 
 def grade_file(grader: Grader, cases: Path, out: Path, threads: int = 2) -> Counter[str]:
@@ -31,98 +21,45 @@ def grade_file(grader: Grader, cases: Path, out: Path, threads: int = 2) -> Coun
     `{out}.quarantine` with line, reason and text.  Both files appear whole.
     """
     counts: Counter[str] = Counter()
-    kept, aside = Path(f"{out}.partial"), Path(f"{out}.quarantine.partial")
-    first = ""
-    try:
-        with (
-            open(kept, "w", encoding="utf-8") as good,
-            open(aside, "w", encoding="utf-8") as bad,
-            ThreadPoolExecutor(threads) as pool,
-        ):
-            for row, reason in _in_order(pool, _rows(cases), grader):
-                counts["quarantined" if reason else row["verdict"]] += 1
-                first = first or (f"line {row['line']}: {reason}" if reason else "")
-                print(json.dumps(row), file=bad if reason else good)
-            if not counts.total() - counts["quarantined"]:
-                raise CaseError(f"{cases}: no usable row; {first or 'it is empty'}")
-            for file in (good, bad):
-                _sync(file)
-        os.replace(kept, out)
-        os.replace(aside, f"{out}.quarantine")
-    finally:
-        kept.unlink(missing_ok=True)
-        aside.unlink(missing_ok=True)
-    if not counts["quarantined"]:
-        Path(f"{out}.quarantine").unlink()
+
+    def graded() -> Iterator[Row]:
+        rows = _started(grader, read_rows(cases, _fault))
+        for row in in_order(lambda case: _graded(grader, case), rows, threads):
+            counts["quarantined" if row.reason else row.value["verdict"]] += 1
+            yield row
+
+    write_rows(graded(), cases, out)
     return counts
 
 
-def _in_order(
-    pool: ThreadPoolExecutor, rows: Iterator[tuple[dict[str, Any], str]], grader: Grader
-) -> Iterator[tuple[dict[str, Any], str]]:
-    waiting, started = [], False
-    for row, reason in rows:
-        if not reason and not started:
-            grader.start()  # no row's seconds shall count the import of math-verify
+def _started(grader: Grader, rows: Iterator[Row]) -> Iterator[Row]:
+    """The rows; no row's seconds shall count the import of math-verify, nor a file without one."""
+    started = False
+    for row in rows:
+        if not row.reason and not started:
+            grader.start()
             started = True
-        waiting.append(pool.submit(_graded, grader, row, reason))
-        if len(waiting) >= _AHEAD:
-            yield waiting.pop(0).result()
-    for future in waiting:
-        yield future.result()
+        yield row
 
 
-def _graded(grader: Grader, row: dict[str, Any], reason: str) -> tuple[dict[str, Any], str]:
-    if reason:
-        return row, reason
-    gold = row["gold"] if isinstance(row["gold"], str) else ALTERNATIVE.join(row["gold"])
+def _graded(grader: Grader, case: dict[str, Any]) -> dict[str, Any]:
+    gold = case["gold"] if isinstance(case["gold"], str) else ALTERNATIVE.join(case["gold"])
     start = time.monotonic()
-    verdict = grader.judge(gold, row["pred"], row["form"])
+    verdict = grader.judge(gold, case["pred"], case["form"])
     seconds = round(time.monotonic() - start, 6)
     found = {"verdict": verdict.label, "rule": verdict.rule, "answer": verdict.answer}
-    return row | found | {"seconds": seconds}, ""
+    return case | found | {"seconds": seconds}
 
 
-def _rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    """Each row with "", or what is known of a bad one with its reason."""
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row: Any = json.loads(line)
-                    reason = _fault(row)
-                except (ValueError, RecursionError) as error:
-                    row, reason = None, f"not JSON ({error})"
-                if reason:
-                    text = line.decode(errors="replace").rstrip("\r\n")[:_KEPT_TEXT]
-                    row = {"line": number, "reason": reason, "text": text}
-                yield row, reason
-    except (EOFError, gzip.BadGzipFile) as error:
-        raise CaseError(f"{path}: not a whole gzip file ({error})") from None
-
-
-def _fault(row: Any) -> str:
-    if not isinstance(row, dict):
-        return f"{_short(row)}: not an object; expected gold, pred and form"
-    gold = row.get("gold")
+def _fault(case: Any) -> str:
+    if not isinstance(case, dict):
+        return f"{short(case)}: not an object; expected gold, pred and form"
+    gold = case.get("gold")
     golds = gold if isinstance(gold, list) and gold else [gold]
     if not all(isinstance(g, str) for g in golds):
-        return f"gold: {_short(gold)}; expected a string or a list of accepted ones"
-    if not isinstance(row.get("pred"), str):
-        return f"pred: {_short(row.get('pred'))}; expected a string"
-    if row.get("form") not in FORMS:
-        return f"form: {_short(row.get('form'))}; expected one of {', '.join(FORMS)}"
+        return f"gold: {short(gold)}; expected a string or a list of accepted ones"
+    if not isinstance(case.get("pred"), str):
+        return f"pred: {short(case.get('pred'))}; expected a string"
+    if case.get("form") not in FORMS:
+        return f"form: {short(case.get('form'))}; expected one of {', '.join(FORMS)}"
     return ""
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."
-
-
-def _sync(file: TextIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())

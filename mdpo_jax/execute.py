@@ -41,7 +41,9 @@ def _execute(options: argparse.Namespace) -> None:
         from mdpo_jax.environment.interpreter import PythonInterpreter
 
     row_files(options, "trajectories", positive=("batch", "timeout"))
-    with PythonInterpreter(timeout=options.timeout) as tool:
+    with PythonInterpreter(
+        timeout=options.timeout, sandbox=options.sandbox, semantics=options.semantics
+    ) as tool:
         counts = rerun_file(tool, options.trajectories, options.out, options.batch)
     print(f"{options.out}: {_summary(counts)}")
 

@@ -63,7 +63,7 @@ def in_order(
             yield waiting.popleft().result()
     finally:
         # After an error nobody waits: what still runs ends with the tool or grader that it uses.
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(wait=not waiting, cancel_futures=True)
 
 
 def write_rows(rows: Iterable[Row], source: Path, out: Path) -> None:

@@ -15,6 +15,7 @@ import dataclasses
 import json
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -25,10 +26,11 @@ from pathlib import Path
 from typing import Any
 
 from mdpo_jax.isolation import frames, zygote
-from mdpo_jax.isolation.sandbox import Limits
+from mdpo_jax.isolation.sandbox import Level, Limits, Protection, probe
 
 _MOST_RESTARTS = 3
 _LARGEST_ANSWER = 1 << 20
+_TRANSFER = 1.0  # seconds that an answer which has begun may take to arrive
 log = logging.getLogger(__name__)
 
 
@@ -47,19 +49,29 @@ class WorkerDied(Exception):
         self.reason = reason
 
 
+class Interrupted(Exception):
+    """A worker stopped what it did at its deadline, and lives."""
+
+
 class ForkServer:
     """Forks workers that run `target` ("module:function").
 
     The function takes the argument given to `fork` and returns the handler that answers requests;
-    both travel as JSON.  `preload`: modules imported once, before the first fork.
+    both travel as JSON.  `preload`: modules imported once, before the first fork.  sandbox: what
+    confines a worker (sandbox.probe); raises SandboxError for one that is required and not there.
     """
 
-    def __init__(self, target: str, preload: Sequence[str] = (), limits: Limits | None = None):
+    def __init__(
+        self, target: str, preload: Sequence[str] = (), limits: Limits | None = None,
+        sandbox: Level = "hardened",
+    ):  # fmt: skip
+        self.protection: Protection = probe(sandbox)
         self._options = json.dumps(
             {
                 "target": target,
                 "preload": list(preload),
                 "limits": dataclasses.asdict(limits or Limits()),
+                "protection": dataclasses.asdict(self.protection),
             }
         )
         self._lock = threading.RLock()
@@ -137,7 +149,12 @@ class ForkServer:
         finally:
             os.close(request_read)
             os.close(response_write)
-        worker = Worker(self, pid, request_write, response_read)
+        try:
+            worker = Worker(self, pid, request_write, response_read)
+        except OSError:  # the zygote has just ended, and its workers with it
+            os.close(request_write)
+            os.close(response_read)
+            raise
         self._workers.add(worker)
         return worker
 
@@ -199,26 +216,53 @@ class Worker:
 
     def __init__(self, server: ForkServer, pid: int, request_fd: int, response_fd: int):
         self._server, self.pid = server, pid
-        self._fds: tuple[int, int] | None = (request_fd, response_fd)
+        self._fds: tuple[int, ...] | None = (request_fd, response_fd)
+        # Its pipes stay open as long as anything it started lives: this tells when it itself ends.
+        # The zygote reaps it only when we ask, so the id is still its own.
+        self._fds += (os.pidfd_open(pid),)
 
-    def call(self, request: Any, *, timeout: float) -> Any:
-        """The worker's answer.  Raises WorkerDied; the worker is then gone, whatever it did."""
+    def call(self, request: Any, *, timeout: float, grace: float = 0.0) -> Any:
+        """The worker's answer within `timeout` seconds.
+
+        With `grace`, a worker that is late gets a SIGINT and so many seconds more; if it then
+        answers, Interrupted is raised and it can be called again.  Else raises WorkerDied; the worker
+        is then gone, whatever it did.
+        """
         if self._fds is None:
             raise WorkerDied("killed")
+        request_fd, response_fd, pidfd = self._fds
         try:
-            tag, start = os.urandom(8), time.monotonic()
-            frames.write_frame(self._fds[0], request, tag, timeout=timeout)
-            left = timeout - (time.monotonic() - start)
-            echo, value = frames.read_frame(self._fds[1], timeout=left, largest=_LARGEST_ANSWER)
+            tag, deadline = os.urandom(8), time.monotonic() + timeout
+            frames.write_frame(request_fd, request, tag, timeout=timeout)
+            late = not self._answers(deadline - time.monotonic())
+            if late:
+                if grace:
+                    signal.pidfd_send_signal(pidfd, signal.SIGINT)
+                if not self._answers(grace):
+                    raise TimeoutError
+            left = max(_TRANSFER, deadline - time.monotonic())
+            echo, value = frames.read_frame(response_fd, timeout=left, largest=_LARGEST_ANSWER)
             if echo != tag:
                 raise frames.FrameError("an answer to no request")
-            return value
         except TimeoutError:
             self.close()
             raise WorkerDied("timeout") from None
         except (OSError, frames.FrameError):
             self.close()
             raise WorkerDied("killed") from None
+        if late:
+            raise Interrupted
+        return value
+
+    def _answers(self, seconds: float) -> bool:
+        """Whether an answer begins to come so soon.  Raises FrameError if the process has ended."""
+        assert self._fds is not None
+        _, response_fd, pidfd = self._fds
+        ready = frames.readable((response_fd, pidfd), seconds)
+        # What it wrote before it ended is still in the pipe.
+        if ready == [pidfd] and not frames.readable((response_fd,), 0):
+            raise frames.FrameError("the worker has ended")
+        return bool(ready)
 
     @property
     def alive(self) -> bool:
@@ -234,7 +278,5 @@ class Worker:
     def close(self) -> None:
         """End the process and all it started; harmless when repeated."""
         if self._fds is not None:
-            for fd in self._fds:
-                os.close(fd)
-            self._fds = None
+            self.abandon()
             self._server.forget(self)

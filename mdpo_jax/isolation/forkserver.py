@@ -177,7 +177,9 @@ class ForkServer:
         ours.settimeout(60)  # importing sympy on a loaded machine takes seconds, not a minute
         root = str(Path(__file__).parents[2])
         command = [sys.executable, "-s", zygote.__file__, root, str(theirs.fileno()), self._options]
-        environment = {"PATH": os.environ.get("PATH", ""), "PYTHONHASHSEED": "0"}
+        # An interpreter outside the system's places may need the second to find its own library.
+        kept = {k: os.environ[k] for k in ("PATH", "LD_LIBRARY_PATH") if k in os.environ}
+        environment = kept | {"PYTHONHASHSEED": "0"}
         with theirs:
             self._process = subprocess.Popen(
                 command,

@@ -22,7 +22,11 @@ from mdpo_jax.isolation.sandbox import MIB, Level, Limits
 Semantics = Literal["live", "replay", "last_only"]
 SEMANTICS: tuple[Semantics, ...] = ("live", "replay", "last_only")
 
-_DEATH_TEXT = {"timeout": "Timeout Error", "killed": "The process was killed"}
+_DEATH_TEXT = {
+    "timeout": "Timeout Error",
+    "killed": "The process was killed",
+    "output_limit": "The process was killed: it filled its folder",
+}
 _OUTPUT_CHARS = 20_000
 _GRACE = 0.5  # seconds in which a cell may answer to the interrupt at its deadline
 _WORD = re.compile(r"[A-Za-z_]\w*")

@@ -26,10 +26,11 @@ from pathlib import Path
 from typing import Any
 
 from mdpo_jax.isolation import frames, zygote
-from mdpo_jax.isolation.sandbox import Level, Limits, Protection, probe
+from mdpo_jax.isolation.sandbox import Level, Limits, Protection, overfull, probe
 
 _MOST_RESTARTS = 3
 _LARGEST_ANSWER = 1 << 20
+_LOOK = 0.25  # seconds between looks at a busy worker's folder
 _TRANSFER = 1.0  # seconds that an answer which has begun may take to arrive
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class ForkServerError(RuntimeError):
 class WorkerDied(Exception):
     """A worker ended, was killed at its deadline, or answered with what is no frame.
 
-    reason: `timeout` or `killed`.
+    reason: `timeout`, `killed`, or `output_limit` where it filled its folder.
     """
 
     def __init__(self, reason: str):
@@ -66,11 +67,12 @@ class ForkServer:
         sandbox: Level = "hardened",
     ):  # fmt: skip
         self.protection: Protection = probe(sandbox)
+        self.limits = limits or Limits()
         self._options = json.dumps(
             {
                 "target": target,
                 "preload": list(preload),
-                "limits": dataclasses.asdict(limits or Limits()),
+                "limits": dataclasses.asdict(self.limits),
                 "protection": dataclasses.asdict(self.protection),
             }
         )
@@ -141,7 +143,7 @@ class ForkServer:
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)]
             message = json.dumps({"do": "fork", "argument": argument}).encode()
             self._channel.sendmsg([message], rights)
-            pid = self._answer()["pid"]
+            answer = self._answer()
         except (OSError, ValueError):
             os.close(request_write)
             os.close(response_read)
@@ -150,7 +152,7 @@ class ForkServer:
             os.close(request_read)
             os.close(response_write)
         try:
-            worker = Worker(self, pid, request_write, response_read)
+            worker = Worker(self, answer["pid"], answer["folder"], request_write, response_read)
         except OSError:  # the zygote has just ended, and its workers with it
             os.close(request_write)
             os.close(response_read)
@@ -216,8 +218,10 @@ class ForkServer:
 class Worker:
     """One forked process.  Not for two threads at a time."""
 
-    def __init__(self, server: ForkServer, pid: int, request_fd: int, response_fd: int):
-        self._server, self.pid = server, pid
+    def __init__(
+        self, server: ForkServer, pid: int, folder: str, request_fd: int, response_fd: int
+    ):  # fmt: skip
+        self._server, self.pid, self._folder = server, pid, folder
         self._fds: tuple[int, ...] | None = (request_fd, response_fd)
         # Its pipes stay open as long as anything it started lives: this tells when it itself ends.
         # The zygote reaps it only when we ask, so the id is still its own.
@@ -257,14 +261,24 @@ class Worker:
         return value
 
     def _answers(self, seconds: float) -> bool:
-        """Whether an answer begins to come so soon.  Raises FrameError if the process has ended."""
+        """Whether an answer begins to come so soon.
+
+        Raises FrameError if the process has ended, WorkerDied if its folder is too full.
+        """
         assert self._fds is not None
         _, response_fd, pidfd = self._fds
-        ready = frames.readable((response_fd, pidfd), seconds)
-        # What it wrote before it ended is still in the pipe.
-        if ready == [pidfd] and not frames.readable((response_fd,), 0):
-            raise frames.FrameError("the worker has ended")
-        return bool(ready)
+        deadline = time.monotonic() + seconds
+        while True:
+            left = deadline - time.monotonic()
+            ready = frames.readable((response_fd, pidfd), min(left, _LOOK))
+            # What it wrote before it ended is still in the pipe.
+            if ready == [pidfd] and not frames.readable((response_fd,), 0):
+                raise frames.FrameError("the worker has ended")
+            if ready or left <= _LOOK:
+                return bool(ready)
+            if overfull(self._folder, self._server.limits):
+                self.close()
+                raise WorkerDied("output_limit")
 
     @property
     def alive(self) -> bool:

@@ -34,10 +34,15 @@ class SandboxError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """Bounds of one child: bytes of address space and of a file, CPU seconds, files, processes."""
+    """Bounds of one child: bytes of address space and of a file, CPU seconds, files, processes.
+
+    folder_bytes, folder_entries: of all that it may keep in its folder; the supervisor looks.
+    """
 
     address_space_bytes: int = 2048 * MIB
     file_bytes: int = 16 * MIB
+    folder_bytes: int = 256 * MIB
+    folder_entries: int = 20_000
     cpu_seconds: int = 120
     open_files: int = 64
     processes: int = 64
@@ -115,6 +120,24 @@ def apply(
         landlock.restrict(libc, readable(), [folder, os.devnull])
     if protection.seccomp:
         seccomp.install(libc)
+
+
+def overfull(folder: str, limits: Limits) -> bool:
+    """Whether a child's folder holds more than it may, or hides what it holds."""
+    size, count, waiting = 0, 0, [folder]
+    try:
+        while waiting and size <= limits.folder_bytes and count <= limits.folder_entries:
+            with os.scandir(waiting.pop()) as entries:
+                for entry in entries:
+                    count += 1
+                    size += entry.stat(follow_symlinks=False).st_blocks * 512
+                    if entry.is_dir(follow_symlinks=False):
+                        waiting.append(entry.path)
+    except PermissionError:
+        return True
+    except OSError:  # it is being emptied, or so deep that a path cannot name it
+        return False
+    return size > limits.folder_bytes or count > limits.folder_entries
 
 
 def readable() -> list[str]:

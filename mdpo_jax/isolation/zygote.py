@@ -66,7 +66,7 @@ def _serve(channel, folder: str, workers: dict[int, str], make_handler, settings
         workers[pid] = own
         for fd in fds:
             os.close(fd)
-        channel.send(json.dumps({"pid": pid}).encode())
+        channel.send(json.dumps({"pid": pid, "folder": own}).encode())
     elif request["do"] == "kill":
         channel.send(json.dumps({"status": _kill(request["pid"], workers)}).encode())
     return True

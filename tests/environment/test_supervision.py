@@ -78,6 +78,23 @@ def test_a_death_is_seen_though_a_child_holds_the_pipes():
         assert time.monotonic() - start < 25  # not the thirty of its deadline
 
 
+@pytest.mark.parametrize(
+    "code",
+    [
+        "n = 0\nwhile True:\n  n += 1\n  open(f'f{n % 60}', 'wb').write(bytes(10**7))",
+        "import itertools\nfor n in itertools.count(): open(f'f{n}', 'w').close()",
+        "import os, time\nos.mkdir('d')\nos.chmod('d', 0)\nos.chmod('.', 0)\ntime.sleep(50)",
+    ],
+)
+def test_a_folder_that_fills_up_ends_its_process(code):
+    with PythonInterpreter(preload=(), timeout=20) as tool:
+        session = tool.start("full")
+        if os.getuid() == 0 and "chmod" in code:
+            pytest.skip("root looks into every folder")
+        assert run(session, code)[1] == "output_limit"
+        assert run(session, "import os\nos.listdir('.')") == ("[]", "ok")
+
+
 def test_it_can_be_awaited(tool):
     async def several():
         calls = [tool.start(f"a{i}").run_cell(f"{i} ** 2") for i in range(5)]

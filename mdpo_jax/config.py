@@ -194,16 +194,28 @@ class Rollout:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tool:
-    """The Python interpreter: limits of one block, and whether equal histories are run once."""
+    """The Python interpreter: limits of one block, and whether equal histories are run once.
+
+    sandbox: `none`, `limits` (rlimits, empty environment, no privileges), `hardened` (seccomp and
+    Landlock too, where the kernel has them), `required` (both, or the run refuses to start).
+    semantics: `live`, one process a trajectory; `replay`, all earlier blocks again in a fresh process
+    at each call (the paper's); `last_only`, the last block alone.
+    check_determinism: share of calls that are run again in a fresh process; the rate of those that
+    then say something else is reported (M-DPO assumes none).
+    """
 
     timeout: float = 20.0
     memory_mb: int = 2048
     workers: int = 0
     preload: tuple[str, ...] = ("math", "numpy", "sympy")
     cache: bool = False
+    sandbox: Literal["none", "limits", "hardened", "required"] = "hardened"
+    semantics: Literal["live", "replay", "last_only"] = "live"
+    check_determinism: float = 0.0
 
     def __post_init__(self) -> None:
         _above_zero("tool", self, "timeout")
+        _share("tool", self, "check_determinism")
         _at_least(32, "tool", self, "memory_mb")
         _at_least(0, "tool", self, "workers")
 

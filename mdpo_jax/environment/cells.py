@@ -6,12 +6,16 @@ import ast
 import contextlib
 import io
 import random
+import signal
 import sys
 import traceback
 from collections.abc import Callable
 from typing import Any
 
 NOTHING = "Result is not defined"
+_SEEDED = ("numpy.random", "sympy.core.random")
+# Held here: a cell shares the builtins, and may have put something else in their place.
+_parse, _compile, _exec, _eval, _repr = ast.parse, compile, exec, eval, repr
 
 
 class _OutputLimit(BaseException):
@@ -30,50 +34,74 @@ class _Capped(io.StringIO):
         return super().write(text)
 
 
-def serve(argument: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, str]]:
-    """A handler with one namespace, seeded; request {"blocks": [...]}, answer {"text", "status"}."""
-    random.seed(argument["seed"])
-    for name in ("numpy.random", "sympy.core.random"):
-        if name in sys.modules:
-            sys.modules[name].seed(argument["seed"])
-    namespace: dict[str, Any] = {"__name__": "__main__", "__builtins__": __builtins__}
+class _Cells:
+    """One namespace over the cells of a trajectory; its modules' randomness is seeded."""
 
-    def handle(request: dict[str, Any]) -> dict[str, str]:
+    def __init__(self, seed: int, output_chars: int):
+        self._seed, self._most = seed, output_chars
+        self._namespace: dict[str, Any] = {"__name__": "__main__", "__builtins__": __builtins__}
+        self._seeded: set[str] = set()
+        self._running = False
+        random.seed(seed)
+
+    def handle(self, request: dict[str, Any]) -> dict[str, str]:
+        """Run {"blocks": [...]} in order; the last one's {"text", "status"}."""
         answer = {"text": NOTHING, "status": "error"}
         for block in request["blocks"]:
-            answer = _run_cell(block, namespace, argument["output_chars"])
+            answer = self._cell(block)
         return answer
 
-    return handle
+    def _cell(self, code: str) -> dict[str, str]:
+        """Run one cell; an error's line replaces what the cell printed before it (recipe 2)."""
+        out = _Capped(self._most)
+        try:
+            signal.signal(signal.SIGINT, self._interrupt)
+            self._seed_modules()
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+                self._running = True
+                _execute(code, self._namespace, out)
+                self._running = False
+        except _OutputLimit:
+            return _answer(out.getvalue(), "output_limit")
+        except MemoryError:
+            return _answer("MemoryError", "memory")
+        except BaseException as error:
+            # SystemExit and KeyboardInterrupt too: a cell must not end the worker
+            self._running = False
+            return _answer(_one_line(error), "error")
+        finally:
+            self._running = False
+        return _answer(out.getvalue().rstrip("\n") or NOTHING, "ok")
+
+    def _interrupt(self, *_: object) -> None:
+        """The supervisor's soft interrupt; between cells it comes too late and means nothing."""
+        if self._running:
+            raise KeyboardInterrupt
+
+    def _seed_modules(self) -> None:
+        """Seed what was loaded before the fork, or by an earlier cell."""
+        for name in _SEEDED:
+            if name in sys.modules and name not in self._seeded:
+                sys.modules[name].seed(self._seed)
+                self._seeded.add(name)
 
 
-def _run_cell(code: str, namespace: dict[str, Any], most: int) -> dict[str, str]:
-    """Run one cell; an error's line replaces what the cell printed before it (recipe 2)."""
-    out = _Capped(most)
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-            _execute(code, namespace)
-    except _OutputLimit:
-        return _answer(out.getvalue(), "output_limit")
-    except MemoryError:
-        return _answer("MemoryError", "memory")
-    except BaseException as error:
-        # SystemExit and KeyboardInterrupt too: a cell must not end the worker
-        return _answer(_one_line(error), "error")
-    return _answer(out.getvalue().rstrip("\n") or NOTHING, "ok")
+def serve(argument: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, str]]:
+    """A handler with one namespace, from {"seed", "output_chars"}."""
+    return _Cells(argument["seed"], argument["output_chars"]).handle
 
 
-def _execute(code: str, namespace: dict[str, Any]) -> None:
+def _execute(code: str, namespace: dict[str, Any], out: io.StringIO) -> None:
     """As a notebook cell: the value of a last expression is shown unless it is None."""
-    tree = ast.parse(code, "<cell>")
+    tree = _parse(code, "<cell>")
     last = None
     if tree.body and isinstance(tree.body[-1], ast.Expr):
         last = ast.Expression(tree.body.pop().value)  # pyright: ignore[reportAttributeAccessIssue]
-    exec(compile(tree, "<cell>", "exec"), namespace)
+    _exec(_compile(tree, "<cell>", "exec"), namespace)
     if last is not None:
-        value = eval(compile(last, "<cell>", "eval"), namespace)
+        value = _eval(_compile(last, "<cell>", "eval"), namespace)
         if value is not None:
-            print(repr(value))
+            out.write(_repr(value) + "\n")
 
 
 def _answer(text: str, status: str) -> dict[str, str]:
@@ -82,10 +110,11 @@ def _answer(text: str, status: str) -> dict[str, str]:
 
 def _one_line(error: BaseException) -> str:
     """`Name: message` as IPython ends its report: no module before the name, no blank lines."""
-    if isinstance(error, SyntaxError):
-        return traceback.format_exception_only(type(error), error)[-1].strip()
     try:
+        if isinstance(error, SyntaxError):
+            return traceback.format_exception_only(type(error), error)[-1].strip()
         message = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
-    except Exception:
+    except BaseException:  # the cell's own class may do anything when it is asked for its text
         message = "<exception str() failed>"  # what Python itself prints then
-    return f"{type(error).__name__}: {message}" if message else type(error).__name__
+    name = str(type.__getattribute__(type(error), "__name__"))
+    return f"{name}: {message}" if message else name

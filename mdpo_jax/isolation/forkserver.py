@@ -15,6 +15,7 @@ import dataclasses
 import json
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -25,10 +26,12 @@ from pathlib import Path
 from typing import Any
 
 from mdpo_jax.isolation import frames, zygote
-from mdpo_jax.isolation.sandbox import Limits
+from mdpo_jax.isolation.sandbox import Level, Limits, Protection, overfull, probe
 
 _MOST_RESTARTS = 3
 _LARGEST_ANSWER = 1 << 20
+_LOOK = 0.25  # seconds between looks at a busy worker's folder
+_TRANSFER = 1.0  # seconds that an answer which has begun may take to arrive
 log = logging.getLogger(__name__)
 
 
@@ -39,7 +42,7 @@ class ForkServerError(RuntimeError):
 class WorkerDied(Exception):
     """A worker ended, was killed at its deadline, or answered with what is no frame.
 
-    reason: `timeout` or `killed`.
+    reason: `timeout`, `killed`, or `output_limit` where it filled its folder.
     """
 
     def __init__(self, reason: str):
@@ -47,19 +50,30 @@ class WorkerDied(Exception):
         self.reason = reason
 
 
+class Interrupted(Exception):
+    """A worker stopped what it did at its deadline, and lives."""
+
+
 class ForkServer:
     """Forks workers that run `target` ("module:function").
 
     The function takes the argument given to `fork` and returns the handler that answers requests;
-    both travel as JSON.  `preload`: modules imported once, before the first fork.
+    both travel as JSON.  `preload`: modules imported once, before the first fork.  sandbox: what
+    confines a worker (sandbox.probe); raises SandboxError for one that is required and not there.
     """
 
-    def __init__(self, target: str, preload: Sequence[str] = (), limits: Limits | None = None):
+    def __init__(
+        self, target: str, preload: Sequence[str] = (), limits: Limits | None = None,
+        sandbox: Level = "hardened",
+    ):  # fmt: skip
+        self.protection: Protection = probe(sandbox)
+        self.limits = limits or Limits()
         self._options = json.dumps(
             {
                 "target": target,
                 "preload": list(preload),
-                "limits": dataclasses.asdict(limits or Limits()),
+                "limits": dataclasses.asdict(self.limits),
+                "protection": dataclasses.asdict(self.protection),
             }
         )
         self._lock = threading.RLock()
@@ -129,7 +143,7 @@ class ForkServer:
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)]
             message = json.dumps({"do": "fork", "argument": argument}).encode()
             self._channel.sendmsg([message], rights)
-            pid = self._answer()["pid"]
+            answer = self._answer()
         except (OSError, ValueError):
             os.close(request_write)
             os.close(response_read)
@@ -137,7 +151,12 @@ class ForkServer:
         finally:
             os.close(request_read)
             os.close(response_write)
-        worker = Worker(self, pid, request_write, response_read)
+        try:
+            worker = Worker(self, answer["pid"], answer["folder"], request_write, response_read)
+        except OSError:  # the zygote has just ended, and its workers with it
+            os.close(request_write)
+            os.close(response_read)
+            raise
         self._workers.add(worker)
         return worker
 
@@ -160,7 +179,9 @@ class ForkServer:
         ours.settimeout(60)  # importing sympy on a loaded machine takes seconds, not a minute
         root = str(Path(__file__).parents[2])
         command = [sys.executable, "-s", zygote.__file__, root, str(theirs.fileno()), self._options]
-        environment = {"PATH": os.environ.get("PATH", ""), "PYTHONHASHSEED": "0"}
+        # An interpreter outside the system's places may need the second to find its own library.
+        kept = {k: os.environ[k] for k in ("PATH", "LD_LIBRARY_PATH") if k in os.environ}
+        environment = kept | {"PYTHONHASHSEED": "0"}
         with theirs:
             self._process = subprocess.Popen(
                 command,
@@ -197,28 +218,67 @@ class ForkServer:
 class Worker:
     """One forked process.  Not for two threads at a time."""
 
-    def __init__(self, server: ForkServer, pid: int, request_fd: int, response_fd: int):
-        self._server, self.pid = server, pid
-        self._fds: tuple[int, int] | None = (request_fd, response_fd)
+    def __init__(
+        self, server: ForkServer, pid: int, folder: str, request_fd: int, response_fd: int
+    ):  # fmt: skip
+        self._server, self.pid, self._folder = server, pid, folder
+        self._fds: tuple[int, ...] | None = (request_fd, response_fd)
+        # Its pipes stay open as long as anything it started lives: this tells when it itself ends.
+        # The zygote reaps it only when we ask, so the id is still its own.
+        self._fds += (os.pidfd_open(pid),)
 
-    def call(self, request: Any, *, timeout: float) -> Any:
-        """The worker's answer.  Raises WorkerDied; the worker is then gone, whatever it did."""
+    def call(self, request: Any, *, timeout: float, grace: float = 0.0) -> Any:
+        """The worker's answer within `timeout` seconds.
+
+        With `grace`, a worker that is late gets a SIGINT and so many seconds more; if it then
+        answers, Interrupted is raised and it can be called again.  Else raises WorkerDied; the worker
+        is then gone, whatever it did.
+        """
         if self._fds is None:
             raise WorkerDied("killed")
+        request_fd, response_fd, pidfd = self._fds
         try:
-            tag, start = os.urandom(8), time.monotonic()
-            frames.write_frame(self._fds[0], request, tag, timeout=timeout)
-            left = timeout - (time.monotonic() - start)
-            echo, value = frames.read_frame(self._fds[1], timeout=left, largest=_LARGEST_ANSWER)
+            tag, deadline = os.urandom(8), time.monotonic() + timeout
+            frames.write_frame(request_fd, request, tag, timeout=timeout)
+            late = not self._answers(deadline - time.monotonic())
+            if late:
+                if grace:
+                    signal.pidfd_send_signal(pidfd, signal.SIGINT)
+                if not self._answers(grace):
+                    raise TimeoutError
+            left = max(_TRANSFER, deadline - time.monotonic())
+            echo, value = frames.read_frame(response_fd, timeout=left, largest=_LARGEST_ANSWER)
             if echo != tag:
                 raise frames.FrameError("an answer to no request")
-            return value
         except TimeoutError:
             self.close()
             raise WorkerDied("timeout") from None
         except (OSError, frames.FrameError):
             self.close()
             raise WorkerDied("killed") from None
+        if late:
+            raise Interrupted
+        return value
+
+    def _answers(self, seconds: float) -> bool:
+        """Whether an answer begins to come so soon.
+
+        Raises FrameError if the process has ended, WorkerDied if its folder is too full.
+        """
+        assert self._fds is not None
+        _, response_fd, pidfd = self._fds
+        deadline = time.monotonic() + seconds
+        while True:
+            left = deadline - time.monotonic()
+            ready = frames.readable((response_fd, pidfd), min(left, _LOOK))
+            # What it wrote before it ended is still in the pipe.
+            if ready == [pidfd] and not frames.readable((response_fd,), 0):
+                raise frames.FrameError("the worker has ended")
+            if ready or left <= _LOOK:
+                return bool(ready)
+            if overfull(self._folder, self._server.limits):
+                self.close()
+                raise WorkerDied("output_limit")
 
     @property
     def alive(self) -> bool:
@@ -234,7 +294,5 @@ class Worker:
     def close(self) -> None:
         """End the process and all it started; harmless when repeated."""
         if self._fds is not None:
-            for fd in self._fds:
-                os.close(fd)
-            self._fds = None
+            self.abandon()
             self._server.forget(self)

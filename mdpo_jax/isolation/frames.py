@@ -11,9 +11,12 @@ import os
 import select
 import struct
 import time
+from collections.abc import Sequence
 from typing import Any
 
 _HEAD = struct.Struct(">8sI")
+# Held here: a cell shares the worker's modules, and may have put something else in their place.
+_dumps, _loads, _read_fd, _write_fd = json.dumps, json.loads, os.read, os.write
 NO_TAG = bytes(8)
 
 
@@ -28,12 +31,12 @@ def write_frame(fd: int, value: Any, tag: bytes = NO_TAG, *, timeout: float | No
     has not read all of it after `timeout` seconds.
     """
     deadline = None if timeout is None else time.monotonic() + timeout
-    data = json.dumps(value).encode("ascii")
+    data = _dumps(value).encode("ascii")
     view = memoryview(_HEAD.pack(tag, len(data)) + data)
     while view:
         if deadline is not None:
             _await(fd, select.POLLOUT, deadline)
-        view = view[os.write(fd, view) :]
+        view = view[_write_fd(fd, view) :]
 
 
 def read_frame(
@@ -45,9 +48,17 @@ def read_frame(
     if length > largest:
         raise FrameError(f"a frame of {length} bytes; at most {largest} are accepted")
     try:
-        return tag, json.loads(_read(fd, length, deadline))
+        return tag, _loads(_read(fd, length, deadline))
     except (ValueError, RecursionError) as error:
         raise FrameError(f"not a JSON frame: {error}") from None
+
+
+def readable(fds: Sequence[int], seconds: float) -> list[int]:
+    """Those of the descriptors that have something to read, or have ended, within so many seconds."""
+    poll = select.poll()
+    for fd in fds:
+        poll.register(fd, select.POLLIN)
+    return [fd for fd, _ in poll.poll(max(0.0, seconds) * 1000)]
 
 
 def _read(fd: int, count: int, deadline: float | None) -> bytes:
@@ -55,7 +66,7 @@ def _read(fd: int, count: int, deadline: float | None) -> bytes:
     while count:
         if deadline is not None:
             _await(fd, select.POLLIN, deadline)
-        part = os.read(fd, min(count, 1 << 16))
+        part = _read_fd(fd, min(count, 1 << 16))
         if not part:
             raise FrameError("the other side has ended")
         parts.append(part)

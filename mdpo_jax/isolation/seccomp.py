@@ -1,4 +1,5 @@
-"""A seccomp filter in plain BPF: no exec, no fork, no sockets, no signal to anyone else.
+"""A seccomp filter in plain BPF: no exec, no fork, no sockets, no signal to anyone else, no memory
+or priority that the other limits do not count.
 
 Threads stay allowed, and so does a signal to oneself (abort needs it).  x86-64 only.
 """
@@ -34,6 +35,9 @@ REFUSED = {
     "userfaultfd": 323, "process_vm_readv": 310, "process_vm_writev": 311,
     "open_by_handle_at": 304, "pidfd_send_signal": 424, "io_uring_setup": 425,
     "io_uring_enter": 426, "io_uring_register": 427, "pidfd_open": 434, "pidfd_getfd": 438,
+    "memfd_create": 319, "memfd_secret": 447, "inotify_init1": 294, "fanotify_init": 300,
+    "sched_setscheduler": 144, "sched_setattr": 314, "ioprio_set": 251,
+    "setpriority": 141, "kexec_load": 246,
 }  # fmt: skip
 CLONE, CLONE3, KILL, TGKILL, FCNTL, PRCTL, PRLIMIT64 = 56, 435, 62, 234, 72, 157, 302
 CLONE_THREAD = 0x00010000

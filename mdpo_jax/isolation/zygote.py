@@ -30,7 +30,7 @@ def main(root: str, socket_fd: str, options: str) -> None:
     # What a child needs is imported here, once, and not in each child.
     for name in ("mdpo_jax.isolation.frames", "mdpo_jax.isolation.sandbox", *settings["preload"]):
         importlib.import_module(name)
-    importlib.import_module("mdpo_jax.isolation.seccomp").supported()  # probed once, for all
+    importlib.import_module("mdpo_jax.isolation.landlock").version()  # asked once, for all
     module, _, function = settings["target"].partition(":")
     make_handler = getattr(importlib.import_module(module), function)
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
@@ -66,7 +66,7 @@ def _serve(channel, folder: str, workers: dict[int, str], make_handler, settings
         workers[pid] = own
         for fd in fds:
             os.close(fd)
-        channel.send(json.dumps({"pid": pid}).encode())
+        channel.send(json.dumps({"pid": pid, "folder": own}).encode())
     elif request["do"] == "kill":
         channel.send(json.dumps({"status": _kill(request["pid"], workers)}).encode())
     return True
@@ -111,7 +111,9 @@ def _work(request_fd: int, response_fd: int, folder: str, make_handler, argument
     try:
         from mdpo_jax.isolation import frames, sandbox
 
-        sandbox.apply(sandbox.Limits(**settings["limits"]), folder, (request_fd, response_fd))
+        limits = sandbox.Limits(**settings["limits"])
+        protection = sandbox.Protection(**settings["protection"])
+        sandbox.apply(limits, folder, (request_fd, response_fd), protection)
         handler = make_handler(argument)
         while True:
             tag, request = frames.read_frame(request_fd)

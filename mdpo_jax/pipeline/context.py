@@ -18,6 +18,7 @@ from mdpo_jax.environment.interpreter import PythonInterpreter
 from mdpo_jax.environment.noisy import NoisyTool, with_wrong_number
 from mdpo_jax.environment.tool import Tool
 from mdpo_jax.grading.verdict import Grader
+from mdpo_jax.isolation.sandbox import probe
 from mdpo_jax.model import lora, sharding, transformer
 from mdpo_jax.model.families import ModelConfig
 from mdpo_jax.model.lora import Lora
@@ -50,6 +51,7 @@ class Context:
 
     def __init__(self, config: Config, directory: Path):
         self.config, self.directory = config, directory
+        probe(config.tool.sandbox)  # one that is required and not to be had stops the run here
         self._closers: list[Any] = []
 
     def close(self) -> None:
@@ -113,14 +115,16 @@ class Context:
         return Chat(start.tokenizer, name, start.generation_config, m.system)
 
     @functools.cached_property
+    def interpreter(self) -> PythonInterpreter:
+        """What runs the policy's code."""
+        interpreter = PythonInterpreter(**dataclasses.asdict(self.config.tool))
+        self._closers.append(interpreter)
+        return interpreter
+
+    @functools.cached_property
     def tool(self) -> Tool:
         """The interpreter, with the synthetic suite's noise where that is the problem source."""
-        t = self.config.tool
-        tool: Tool = PythonInterpreter(
-            timeout=t.timeout, memory_mb=t.memory_mb, workers=t.workers, preload=t.preload,
-            cache=t.cache,
-        )  # fmt: skip
-        self._closers.append(tool)
+        tool: Tool = self.interpreter
         suite, seed = self.config.problems, self.config.seed
         if suite.path is not None:
             return tool

@@ -113,14 +113,15 @@ def test_what_the_filter_refuses(attack, code):
 def test_our_environment_is_not_in_reach():
     # A process's /proc/.../environ is what it was started with: so a process of its own.
     code = """
+import os
 from mdpo_jax.environment.interpreter import PythonInterpreter
 look = '''
 import os
-found = False
-for pid in filter(str.isdigit, os.listdir("/proc")):
-    try: found |= b"s3cr" + b"3t" in open(f"/proc/{pid}/environ", "rb").read()
-    except OSError: pass
-found'''
+found = []
+for pid in (%d, os.getppid(), "self"):
+    try: found.append(b"s3cr" + b"3t" in open(f"/proc/{pid}/environ", "rb").read())
+    except OSError: found.append(None)
+found''' % os.getpid()
 with PythonInterpreter(preload=(), timeout=5) as tool:
     print(tool.start("a").run(f"```python\\n{look}\\n```").result().text)
 """
@@ -128,7 +129,7 @@ with PythonInterpreter(preload=(), timeout=5) as tool:
         [sys.executable, "-c", code], env=os.environ | {"TOKEN": "s3cr3t"},
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert out.stdout.strip() == "False"
+    assert out.stdout.strip() in ("[None, None, None]", "[None, None, False]")
 
 
 def test_a_crowd_of_attackers_and_innocents(tool):

@@ -1,3 +1,4 @@
+import contextlib
 import types
 
 import chat_formats
@@ -5,6 +6,7 @@ import pytest
 
 from mdpo_jax.chat import ChatError
 from mdpo_jax.pipeline.context import Context
+from mdpo_jax.pipeline.stages import _agreement
 from mdpo_jax.recipes import parse
 
 
@@ -36,3 +38,20 @@ def test_the_configuration_chooses_the_chat_format_and_a_system_prompt(tmp_path)
     assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nq")
     with pytest.raises(ChatError, match=r"'<\|im_start\|>', which the chatml chat format needs"):
         _ = context(tmp_path, "gemma", "gemma", "--config.model.chat=chatml").chat
+
+
+def test_a_rollout_tells_how_often_its_tool_said_something_else(tmp_path):
+    flags = ["check_determinism=1", "semantics=replay", "sandbox=limits", "timeout=5"]
+    config = parse(["--config=tiny", *(f"--config.tool.{f}" for f in flags)])
+    with contextlib.closing(Context(config, tmp_path)) as context:
+        tool = context.interpreter
+        assert (tool.semantics, tool.protection, tool.timeout) == ("replay", "limits", 5)
+        tool.start("a").run_cell("1").result()
+        before = tool.agreement()
+        session = tool.start("b")
+        session.run_cell("import time\nt = time.time_ns()").result()
+        session.run_cell("t").result()
+        assert _agreement(context, before) == {"rechecked_calls": 2, "differing_calls": 1}
+    plain = Context(parse(["--config=tiny"]), tmp_path)
+    assert _agreement(plain, plain.interpreter.agreement()) == {}
+    plain.close()

@@ -1,6 +1,8 @@
 """Small real parts that several tests share: a tokenizer, a chat, a model, demonstrations."""
 
 import functools
+import gzip
+import json
 
 import jax
 import numpy as np
@@ -78,3 +80,18 @@ def write_model(folder, family="gemma", max_shard_bytes=10**9, **fields):
     (folder / "config.json").write_text(json.dumps(raw))
     tokenizer().save_pretrained(folder)
     return config
+
+
+def run_rows(door, flag, folder, lines, *more, name="rows.jsonl"):
+    """The exit code of a door from a file of rows to `out.jsonl`, and that path; no partial stays."""
+    rows, out = folder / name, folder / "out.jsonl"
+    text = "\n".join(lines).encode()
+    rows.write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
+    code = door([f"--{flag}={rows}", f"--out={out}", *more])
+    assert not list(folder.glob("*.partial"))
+    return code, out
+
+
+def read_rows(path):
+    """The rows of a file of JSON lines."""
+    return [json.loads(line) for line in path.read_text().splitlines()]

@@ -5,6 +5,7 @@ import json
 import time
 
 import pytest
+from support import read_rows, run_rows
 
 from mdpo_jax import execute
 
@@ -26,17 +27,8 @@ TORA = {"idx": 7, "code": ["```python\nprint(40 + 2)\n```\n```output\n42\n```"]}
 NO_CODE = {"idx": 8, "code": ["It is 3."]}
 
 
-def run(tmp_path, lines, *more, name="rows.jsonl"):
-    rows, out = tmp_path / name, tmp_path / "out.jsonl"
-    text = "\n".join(lines).encode()
-    rows.write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
-    code = execute.main([f"--trajectories={rows}", f"--out={out}", *more])
-    assert not list(tmp_path.glob("*.partial"))
-    return code, out
-
-
-def read(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def run(tmp_path, lines, *more, **name):
+    return run_rows(execute.main, "trajectories", tmp_path, lines, *more, **name)
 
 
 def test_rows_come_back_in_order_with_what_their_blocks_gave(tmp_path, capsys):
@@ -45,7 +37,7 @@ def test_rows_come_back_in_order_with_what_their_blocks_gave(tmp_path, capsys):
     lines = [row if isinstance(row, str) else json.dumps(row) for row in given]
     code, out = run(tmp_path, lines, "--batch=3", name="rows.jsonl.gz")
     assert code == 0
-    rows = read(out)
+    rows = read_rows(out)
     assert [row["id"] for row in rows] == [1, "a", "b", 7, 8]
     assert [[b["output"] for b in row["blocks"]] for row in rows] == [
         ["Result is not defined"],
@@ -56,7 +48,7 @@ def test_rows_come_back_in_order_with_what_their_blocks_gave(tmp_path, capsys):
     assert [b["recorded"] for row in rows[2:] for b in row["blocks"]] == [None, "42"]
     assert list(rows[3]["blocks"][0]) == ["code", "recorded", "output", "status", "seconds"]
     assert rows[0]["blocks"][0]["seconds"] >= 0.3
-    aside = read(tmp_path / "out.jsonl.quarantine")
+    aside = read_rows(tmp_path / "out.jsonl.quarantine")
     assert [row["line"] for row in aside] == [5, 7]
     assert "the fields are ['text']" in aside[1]["reason"]
     said = capsys.readouterr().out
@@ -72,8 +64,18 @@ def test_no_trajectory_waits_for_another_and_a_timeout_is_a_status(tmp_path):
     start = time.monotonic()
     code, out = run(tmp_path, map(json.dumps, [stuck, TORA]), "--timeout=0.5", "--batch=1")
     assert code == 0
-    assert [row["blocks"][0]["status"] for row in read(out)] == ["timeout", "ok"]
+    assert [row["blocks"][0]["status"] for row in read_rows(out)] == ["timeout", "ok"]
     assert time.monotonic() - start < 15
+
+
+@pytest.mark.parametrize(
+    ("semantics", "second"),
+    [("replay", "3"), ("last_only", "NameError: name 'x' is not defined")],
+)
+def test_other_semantics_and_no_sandbox(tmp_path, semantics, second):
+    code, out = run(tmp_path, [json.dumps(STATE)], f"--semantics={semantics}", "--sandbox=none")
+    assert code == 0
+    assert read_rows(out)[0]["blocks"][1]["output"] == second
 
 
 @pytest.mark.parametrize(

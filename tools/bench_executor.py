@@ -24,13 +24,14 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from mdpo_jax.data.recorded import agreement, blocks_of
 from mdpo_jax.data.reruns import rerun
 from mdpo_jax.environment.interpreter import PythonInterpreter
+from mdpo_jax.isolation.sandbox import Level
 from mdpo_jax.rows import Row, in_order
 
 SANDBOXES = ("none", "limits", "hardened")
@@ -116,7 +117,7 @@ def _measure(name: str, rows: list[dict[str, Any]], options: argparse.Namespace)
             return _latencies("fresh", [lambda: official_replay.run_batch([[SYMPY]])] * 5)
         cells = [[block.code for block in blocks_of(row)] for row in rows]
         return _rates(rows, lambda: official_replay.lockstep(cells, options.batch))
-    with PythonInterpreter(timeout=20, sandbox=name) as tool:
+    with PythonInterpreter(timeout=20, sandbox=cast(Level, name)) as tool:
         rerun(tool, {"idx": 0, "code": [f"```python\n{SYMPY}\n```"]})
         if not rows:
             return _calls(tool, options.calls)

@@ -4,6 +4,7 @@ import gzip
 import json
 
 import pytest
+from support import read_rows, run_rows
 
 from mdpo_jax import grade
 
@@ -18,22 +19,13 @@ BAD = ["{", "[1]", '{"gold": 1, "pred": "1", "form": "answer"}', '{"gold": "1", 
        '{"gold": "1", "pred": "1", "form": "essay"}']  # fmt: skip
 
 
-def run(tmp_path, lines, *more, name="cases.jsonl"):
-    cases, out = tmp_path / name, tmp_path / "out.jsonl"
-    text = "\n".join(lines).encode()
-    cases.write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
-    code = grade.main([f"--cases={cases}", f"--out={out}", *more])
-    assert not list(tmp_path.glob("*.partial"))
-    return code, out
-
-
-def read(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def run(tmp_path, lines, *more, **name):
+    return run_rows(grade.main, "cases", tmp_path, lines, *more, **name)
 
 
 def test_rows_come_back_in_order_with_their_verdicts(tmp_path, capsys):
     code, out = run(tmp_path, map(json.dumps, GOOD), name="cases.jsonl.gz")
-    rows = read(out)
+    rows = read_rows(out)
     assert code == 0
     assert [r["id"] for r in rows] == list("abcde")
     assert [(r["verdict"], r["rule"]) for r in rows] == [
@@ -49,8 +41,8 @@ def test_rows_come_back_in_order_with_their_verdicts(tmp_path, capsys):
 def test_bad_rows_are_set_aside_with_their_reasons(tmp_path, capsys):
     code, out = run(tmp_path, [*BAD, "", json.dumps(GOOD[0])], "--policy=lenient")
     assert code == 0
-    assert len(read(out)) == 1
-    aside = read(tmp_path / "out.jsonl.quarantine")
+    assert len(read_rows(out)) == 1
+    aside = read_rows(tmp_path / "out.jsonl.quarantine")
     assert [row["line"] for row in aside] == [1, 2, 3, 4, 5]
     assert [row["reason"].split(":")[0] for row in aside[2:]] == ["gold", "pred", "form"]
     assert "expected one of answer, text, solution" in aside[4]["reason"]

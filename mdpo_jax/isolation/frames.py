@@ -16,7 +16,7 @@ from typing import Any
 
 _HEAD = struct.Struct(">8sI")
 # Held here: a cell shares the worker's modules, and may have put something else in their place.
-_dumps, _loads, _read_fd, _write_fd = json.dumps, json.loads, os.read, os.write
+_pieces, _loads, _read_fd, _write_fd = json.JSONEncoder().iterencode, json.loads, os.read, os.write
 NO_TAG = bytes(8)
 
 
@@ -31,7 +31,7 @@ def write_frame(fd: int, value: Any, tag: bytes = NO_TAG, *, timeout: float | No
     has not read all of it after `timeout` seconds.
     """
     deadline = None if timeout is None else time.monotonic() + timeout
-    data = _dumps(value).encode("ascii")
+    data = "".join(_pieces(value)).encode("ascii")
     view = memoryview(_HEAD.pack(tag, len(data)) + data)
     while view:
         if deadline is not None:

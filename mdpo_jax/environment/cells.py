@@ -12,10 +12,12 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+from mdpo_jax.environment.display import shown
+
 NOTHING = "Result is not defined"
 _SEEDED = ("numpy.random", "sympy.core.random")
 # Held here: a cell shares the builtins, and may have put something else in their place.
-_parse, _compile, _exec, _eval, _repr = ast.parse, compile, exec, eval, repr
+_parse, _compile, _exec, _eval = ast.parse, compile, exec, eval
 
 
 class _OutputLimit(BaseException):
@@ -101,7 +103,7 @@ def _execute(code: str, namespace: dict[str, Any], out: io.StringIO) -> None:
     if last is not None:
         value = _eval(_compile(last, "<cell>", "eval"), namespace)
         if value is not None:
-            out.write(_repr(value) + "\n")
+            out.write(shown(value) + "\n")
 
 
 def _answer(text: str, status: str) -> dict[str, str]:

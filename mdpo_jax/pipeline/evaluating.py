@@ -73,11 +73,16 @@ def _evaluate(
         if found is None:
             context.sampler.load(params)
             fitting = [_fitting(context, asked, s) for s in suites]
+            if asked.mode == "tool":
+                engine = context.engine
+            else:
+                engine = Engine(context.sampler, context.chat, None, context.limits)
             for decoding, samples, temperature in (
                 ("greedy", 1, 0.0),
                 ("sampled", asked.samples, asked.temperature),
             ):
-                _sample(context, asked, fitting, outcomes, decoding, samples, temperature)
+                requests = _requests(context, asked, fitting, outcomes, decoding, samples)
+                _sample(context, engine, requests, outcomes, decoding, temperature)
             count = context.config.evaluate.shown
             files.write_json(
                 out / summary.SHOWN, shown(out / TRAJECTORIES, fitting, context.chat, count)
@@ -97,33 +102,39 @@ def _evaluate(
     files.write_json(results, found)
 
 
-def _sample(
+def _requests(
     context: Context, asked: Asked, suites: Sequence[Suite], outcomes: Outcomes, decoding: str,
-    samples: int, temperature: float,
+    samples: int,
+) -> list[Request]:  # fmt: skip
+    """Those of the trajectories that are not kept yet."""
+    seed = context.config.seed
+    return [
+        Request(_put(p, asked), i, f"{seed}/evaluate/{s.name}")
+        for s in suites
+        for p in s.problems
+        for i in range(samples)
+        if not outcomes.has(decoding, p.id, i)
+    ]
+
+
+def _sample(
+    context: Context, engine: Engine, requests: Sequence[Request], outcomes: Outcomes,
+    decoding: str, temperature: float,
 ) -> None:  # fmt: skip
-    """Trajectories that are not kept yet, graded by a few threads beside the decoding."""
-    seed, requests = context.config.seed, []
-    for s in suites:
-        for problem in s.problems:
-            new = [i for i in range(samples) if not outcomes.has(decoding, problem.id, i)]
-            put = _put(problem, asked)
-            requests += [Request(put, i, f"{seed}/evaluate/{s.name}") for i in new]
+    """Sample, grade by a few threads beside the decoding, and keep each as soon as it is graded."""
     if not requests:
         return
-    engine = context.engine
-    if asked.mode == "cot":
-        engine = Engine(context.sampler, context.chat, None, context.limits)
 
     def keep(problem: Problem, trajectory: Trajectory) -> None:
         verdict = evaluation.verdict(context, problem.answer, trajectory)
         outcomes.add(decoding, store.Graded(trajectory, verdict))
 
     jobs: deque[Future[None]] = deque()
-    kept = samples * sum(len(s.problems) for s in suites) - len(requests)
     with (
         progress(f"evaluate, {decoding}", len(requests)) as tell,
         ThreadPoolExecutor(_GRADERS, "grade") as pool,
     ):
+        kept = outcomes.count(decoding)
         tell(text=f"{kept} were there" if kept else None)
         for place, trajectory in engine.stream(requests, policy=decoding, temperature=temperature):
             jobs.append(pool.submit(keep, requests[place].problem, trajectory))

@@ -34,6 +34,10 @@ class Outcomes:
     def has(self, decoding: str, problem: str, sample: int) -> bool:
         return (decoding, problem, sample) in self._found
 
+    def count(self, decoding: str) -> int:
+        """How many are there."""
+        return sum(key[0] == decoding for key in self._found)
+
     def add(self, decoding: str, graded: Graded) -> None:
         """Append a trajectory; it is in the kernel's hands when this returns."""
         if self._writer is None:

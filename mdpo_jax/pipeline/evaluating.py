@@ -67,39 +67,46 @@ def _evaluate(
         "harness": harness(context, asked, suites),
     }
     _claim(out, claim)
-    results = out / files.RESULTS
-    found = files.read_json(results) if results.exists() else None
+    path = out / files.RESULTS
+    results = files.read_json(path) if path.exists() else None
     with Outcomes(out / TRAJECTORIES) as outcomes:
-        if found is None:
-            context.sampler.load(params)
-            fitting = [_fitting(context, asked, s) for s in suites]
-            if asked.mode == "tool":
-                engine = context.engine
-            else:
-                engine = Engine(context.sampler, context.chat, None, context.limits)
-            for decoding, samples, temperature in (
-                ("greedy", 1, 0.0),
-                ("sampled", asked.samples, asked.temperature),
-            ):
-                requests = _requests(context, asked, fitting, outcomes, decoding, samples)
-                _sample(context, engine, requests, outcomes, decoding, temperature)
-            count = context.config.evaluate.shown
-            files.write_json(
-                out / summary.SHOWN, shown(out / TRAJECTORIES, fitting, context.chat, count)
-            )
-            found = claim | {"kind": "evaluation", "suites": []}
-            found["suites"] = [
-                {
-                    "name": s.name,
-                    "problems": len(s.problems),
-                    "quarantined": s.quarantined,
-                    **scored(s.problems, *outcomes.of(s, asked.samples), context.config.seed),
-                }
-                for s in suites
-            ]
+        if results is None:
+            _sample_all(context, asked, params, suites, outcomes, out)
+            figures = [_figures(context, asked, s, outcomes) for s in suites]
+            results = claim | {"kind": "evaluation", "suites": figures}
         if against is not None and asked.versus is not None:
-            found["versus"] = _versus(found, outcomes, suites, asked.versus, against)
-    files.write_json(results, found)
+            results["versus"] = _versus(results, outcomes, suites, asked.versus, against)
+    files.write_json(path, results)
+
+
+def _sample_all(
+    context: Context, asked: Asked, params: Any, suites: Sequence[Suite], outcomes: Outcomes,
+    out: Path,
+) -> None:  # fmt: skip
+    """All trajectories that are not kept yet, and those that the report shows."""
+    context.sampler.load(params)
+    fitting = [_fitting(context, asked, s) for s in suites]
+    if asked.mode == "tool":
+        engine = context.engine
+    else:
+        engine = Engine(context.sampler, context.chat, None, context.limits)
+    for decoding, samples, temperature in (
+        ("greedy", 1, 0.0),
+        ("sampled", asked.samples, asked.temperature),
+    ):
+        requests = _requests(context, asked, fitting, outcomes, decoding, samples)
+        _sample(context, engine, requests, outcomes, decoding, temperature)
+    first = shown(out / TRAJECTORIES, fitting, context.chat, context.config.evaluate.shown)
+    files.write_json(out / summary.SHOWN, first)
+
+
+def _figures(context: Context, asked: Asked, of: Suite, outcomes: Outcomes) -> dict[str, Any]:
+    return {
+        "name": of.name,
+        "problems": len(of.problems),
+        "quarantined": of.quarantined,
+        **scored(of.problems, *outcomes.of(of, asked.samples), context.config.seed),
+    }
 
 
 def _requests(
@@ -195,10 +202,10 @@ def _resolved(asked: Asked) -> tuple[Config, Step | None]:
             )
         model = dataclasses.replace(config.model, path=place)
         config = dataclasses.replace(config, model=model)
-    return _in_mode(asked, config), step
+    return _in_mode(asked, config, step is not None), step
 
 
-def _in_mode(asked: Asked, config: Config) -> Config:
+def _in_mode(asked: Asked, config: Config, of_run: bool) -> Config:
     """Limits of the mode; with data files the tool is the interpreter as it is."""
     replace = dataclasses.replace
     if asked.mode == "cot":
@@ -206,6 +213,10 @@ def _in_mode(asked: Asked, config: Config) -> Config:
     for path in asked.data:
         if not Path(path).is_file():
             raise ConfigError(f"--data={path}: no such file; expected .jsonl or .jsonl.gz files")
+    if not asked.data and not of_run and config.problems.path is not None:
+        raise ConfigError(
+            f"config.problems.path={config.problems.path!r}: a recipe on files; expected --data"
+        )
     if asked.data:
         problems = replace(config.problems, path=",".join(asked.data), fault=0.0)
         config = replace(config, problems=problems)
@@ -238,10 +249,6 @@ def _own(asked: Asked, config: Config, step: Step | None) -> Sequence[Problem]:
     if step is not None:
         path = step.run / "problems" / f"{asked.split}.jsonl.gz"
         return [store.problem_from(row) for row in store.read_lines(path)]
-    if config.problems.path is not None:
-        raise ConfigError(
-            f"config.problems.path={config.problems.path!r}: a recipe on files; expected --data"
-        )
     count = getattr(config.problems, asked.split)
     return synthetic.problems(suite(config), asked.split, count, config.seed)
 
@@ -266,8 +273,11 @@ def _place(asked: Asked, config: Config, step: Step | None) -> Path:
 def _claim(out: Path, claim: dict[str, Any]) -> None:
     """Note harness and policy, or compare them with those noted once a trajectory is kept."""
     path, kept = out / CLAIM, out / TRAJECTORIES
-    if not path.exists() and (out / files.RESULTS).exists():
-        raise ConfigError(f"--out={out}: holds results of another kind; expected a new folder")
+    others = [name for name in (files.RESULTS, "config.json") if (out / name).exists()]
+    if not path.exists() and others:
+        raise ConfigError(
+            f"--out={out}: holds {others[0]} of something else; expected a new folder"
+        )
     if not path.exists() or not kept.exists() or not kept.stat().st_size:
         files.write_json(path, claim)
         return

@@ -302,6 +302,8 @@ def test_what_to_evaluate_must_be_said(place, capsys):
     assert "--config: not given; expected --config=NAME" in capsys.readouterr().err
     assert evaluate.main(["--config=tiny", *data]) == 2
     assert "config.model.path=None: nothing to evaluate" in capsys.readouterr().err
+    assert evaluate.main(["--config=gemma7b", "--checkpoint", str(place / "model")]) == 2
+    assert "a recipe on files; expected --data" in capsys.readouterr().err
     (place / "empty.jsonl").write_text('{"question": "What?", "answer": "no mark"}\n')
     flags = _flags(place, "empty", data="empty")
     assert evaluate.main(flags) == 2
@@ -309,4 +311,4 @@ def test_what_to_evaluate_must_be_said(place, capsys):
     (place / "foreign").mkdir()
     (place / "foreign" / "results.json").write_text("{}")
     assert evaluate.main(_flags(place, "foreign", data="math")) == 2
-    assert "holds results of another kind" in capsys.readouterr().err
+    assert "holds results.json of something else" in capsys.readouterr().err

@@ -71,8 +71,9 @@ def write_evaluation(directory: Path) -> Path:
     for suffix in ("png", "svg") if curves else ():
         pass_at_k_plot(curves, directory / f"pass_at_k.{suffix}", bands)
     policy, harness = results["policy"], results["harness"]
+    place = Path(policy["path"].removesuffix("/params"))
     report = Report(
-        title=f"mdpo_jax: evaluation of {Path(policy['path']).name}, {harness['mode']}",
+        title=f"mdpo_jax: evaluation of {'/'.join(place.parts[-2:])}, {harness['mode']}",
         config={"policy": policy} | {k: v for k, v in harness.items() if k != "versions"},
         pass_at_k=curves,
         bands=bands,

@@ -20,6 +20,9 @@ import numpy as np
 
 from mdpo_jax.types import Role
 
+# Behind a question that is to be solved without a tool (the paper's, zero-shot).
+COT_INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}."
+
 
 class ChatError(ValueError):
     """The tokenizer lacks what a chat format needs, or a conversation has no legal shape."""
@@ -280,6 +283,20 @@ class Chat:
         return self.tokenizer.decode(
             list(map(int, ids)), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
+
+    def described(self) -> dict[str, Any]:
+        """The format as text, special tokens in full: what a result must state to be compared."""
+
+        def text(ids: Sequence[int]) -> str:
+            return self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
+
+        return {
+            "format": self.format,
+            "prompt": text(self.prompt("{question}")),
+            "observation": text(self.observation("{output}")[0]),
+            "stop_tokens": self.tokenizer.convert_ids_to_tokens(list(self.stop_ids)),
+            "stop_strings": list(self.stop_strings),
+        }
 
     def _action(self, content: str) -> list[int]:
         """A demonstration's turn as the policy would have written it, its end included."""

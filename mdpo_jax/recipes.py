@@ -91,13 +91,17 @@ def parse(arguments: Sequence[str]) -> Config:
         config = smoke(config)
     overrides: list[tuple[str, str]] = []
     for argument in arguments:
-        if argument.startswith("--config=") or argument == "--smoke":
-            continue
-        path, equals, value = argument.removeprefix("--config.").partition("=")
-        if not argument.startswith("--config.") or not equals:
-            raise ConfigError(f"{argument}: unknown argument; expected --config.FIELD=VALUE")
-        overrides.append((path, value))
+        if not argument.startswith("--config=") and argument != "--smoke":
+            overrides.append(override(argument))
     return overridden(config, overrides) if overrides else config
+
+
+def override(argument: str) -> tuple[str, str]:
+    """The dotted path and the value of a `--config.FIELD=VALUE`."""
+    path, equals, value = argument.removeprefix("--config.").partition("=")
+    if not argument.startswith("--config.") or not equals:
+        raise ConfigError(f"{argument}: unknown argument; expected --config.FIELD=VALUE")
+    return path, value
 
 
 def overridden(config: Config, overrides: Sequence[tuple[str, str]]) -> Config:

@@ -87,6 +87,16 @@ def exact_number(answer: str) -> Fraction | None:
     return None
 
 
+def answer_key(answer: str) -> str:
+    r"""Equal for two answers that are one after the cheap normalisation: `0.5`, `\frac12`, `$1/2$`.
+
+    An equivalence, which the grader's word on pairs is not; formulas that are ordered otherwise are
+    two answers to it.
+    """
+    number = exact_number(answer)
+    return clean(answer) if number is None else str(number)
+
+
 def is_mixed(answer: str) -> bool:
     r"""Whether a space parts two numbers: "1\,1/2" is a mixed number or two answers, not 11/2."""
     return _MIXED.search(answer) is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from mdpo_jax.grading import rules
 from mdpo_jax.grading.extract import ALTERNATIVE, extract_answer, extract_display
@@ -39,6 +39,11 @@ class Grader:
         self._timeout = timeout
         self._pool = Pool(timeout, workers, memory_mb)
         self._cache: dict[tuple[str, str, str], Verdict] = {}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a result must state of its grader."""
+        return {"timeout": self._timeout, **self._arguments}
 
     def start(self) -> None:
         """Start the first worker now, so that no pair waits for math-verify's import."""

@@ -17,6 +17,7 @@ from mdpo_jax.data.packing import Layout
 from mdpo_jax.environment.interpreter import PythonInterpreter
 from mdpo_jax.environment.noisy import NoisyTool, with_wrong_number
 from mdpo_jax.environment.tool import Tool
+from mdpo_jax.grading.rules import Policy as GradingPolicy
 from mdpo_jax.grading.verdict import Grader
 from mdpo_jax.isolation.sandbox import probe
 from mdpo_jax.model import lora, sharding, transformer
@@ -47,11 +48,15 @@ def suite(config: Config) -> synthetic.Suite:
 
 
 class Context:
-    """One run's shared parts, made when first needed; `close` ends the processes."""
+    """One run's shared parts, made when first needed; `close` ends the processes.
 
-    def __init__(self, config: Config, directory: Path):
+    grading: the grader's policy; rewards are given in `strict`.
+    """
+
+    def __init__(self, config: Config, directory: Path, grading: GradingPolicy = "strict"):
         self.config, self.directory = config, directory
         probe(config.tool.sandbox)  # one that is required and not to be had stops the run here
+        self._grading: GradingPolicy = grading
         self._closers: list[Any] = []
 
     def close(self) -> None:
@@ -134,8 +139,8 @@ class Context:
 
     @functools.cached_property
     def grader(self) -> Grader:
-        """The strict grader."""
-        grader = Grader()
+        """The grader, in the context's policy."""
+        grader = Grader(policy=self._grading)
         self._closers.append(grader)
         return grader
 
@@ -146,14 +151,18 @@ class Context:
         shapes = Shapes.make(r.slots, r.context, r.block)
         return Sampler(self.shape, shapes, self.chat.stop_ids, r.decode_dtype)
 
+    @property
+    def limits(self) -> Limits:
+        """Of a trajectory."""
+        r = self.config.rollout
+        return Limits(
+            r.max_turns, r.turn_tokens, r.trajectory_tokens, r.observation_tokens, r.context
+        )
+
     @functools.cached_property
     def engine(self) -> Engine:
         """The multi-turn loop over the sampler and the tool."""
-        r = self.config.rollout
-        limits = Limits(
-            r.max_turns, r.turn_tokens, r.trajectory_tokens, r.observation_tokens, r.context
-        )
-        return Engine(self.sampler, self.chat, self.tool, limits)
+        return Engine(self.sampler, self.chat, self.tool, self.limits)
 
     def trainer(self, *, sft: bool = False) -> Trainer:
         """The trainer with the preference step's, or the warm-up's, optimiser."""

@@ -52,24 +52,27 @@ def open_run(config: Config) -> Iterator[Path]:
 
     Refuses one that belongs to another configuration.
     """
-    directory = config.directory
+    with held(config.directory, f"config.workdir={str(config.directory)!r}") as directory:
+        _claim(config, directory)
+        yield directory
+
+
+@contextlib.contextmanager
+def held(directory: Path, named: str) -> Iterator[Path]:
+    """A folder, made if it is not there, held against other processes; `named` is for errors."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / ".writable").touch()
         (directory / ".writable").unlink()
     except OSError as error:
-        raise ConfigError(
-            f"config.workdir={str(directory)!r}: {error.strerror}; expected a writable folder"
-        ) from None
+        raise ConfigError(f"{named}: {error.strerror}; expected a writable folder") from None
     with open(directory / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go when the process ends
         except OSError:
             raise ConfigError(
-                f"config.workdir={str(directory)!r}: another process works in it; expected one "
-                "process a run"
+                f"{named}: another process works in it; expected one process a folder"
             ) from None
-        _claim(config, directory)
         yield directory
 
 

@@ -1,4 +1,4 @@
-"""From a finished run directory to its static report."""
+"""From a finished run directory, or evaluation, to its static report."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ from mdpo_jax.config import Config
 from mdpo_jax.data import store
 from mdpo_jax.pipeline.files import read_json
 from mdpo_jax.reporting.metrics import read_metrics
+from mdpo_jax.reporting.plots import pass_at_k_plot
+from mdpo_jax.reporting.sheets import sheets
 from mdpo_jax.reporting.site.build import Report, SampleTrajectory, build_report
-from mdpo_jax.types import Role
+from mdpo_jax.types import Role, Trajectory
 
+SHOWN = "shown.json"  # of an evaluation: trajectories as text, so that no tokenizer is needed
 PACKAGES = ("jax", "flax", "optax", "transformers", "numpy")
 
 
@@ -54,6 +57,33 @@ def write_report(config: Config) -> Path:
     return directory / "report" / "index.html"
 
 
+def write_evaluation(directory: Path) -> Path:
+    """Write `report/index.html` and pass_at_k.{png,svg} of a finished evaluation; the page's path."""
+    results = read_json(directory / "results.json")
+    curves: dict[str, dict[int, float]] = {}
+    bands: dict[str, dict[int, tuple[float, float]]] = {}
+    for suite in results["suites"]:
+        for field, name in (("pass_at_k", "pass@k"), ("maj_at_k", "maj@k")):
+            for k, of in suite.get(field, {}).items():
+                named = f"{suite['name']} {name}"
+                curves.setdefault(named, {})[int(k)] = of["value"]
+                bands.setdefault(named, {})[int(k)] = of["low"], of["high"]
+    for suffix in ("png", "svg") if curves else ():
+        pass_at_k_plot(curves, directory / f"pass_at_k.{suffix}", bands)
+    policy, harness = results["policy"], results["harness"]
+    place = Path(policy["path"].removesuffix("/params"))
+    report = Report(
+        title=f"mdpo_jax: evaluation of {'/'.join(place.parts[-2:])}, {harness['mode']}",
+        config={"policy": policy} | {k: v for k, v in harness.items() if k != "versions"},
+        pass_at_k=curves,
+        bands=bands,
+        sheets=tuple(sheets(results)),
+        samples=[SampleTrajectory(**sample) for sample in read_json(directory / SHOWN)],
+        environment=harness["versions"],
+    )
+    return build_report(directory / "report", report)
+
+
 def _samples(config: Config) -> Iterator[SampleTrajectory]:
     """The first greedy test trajectories of SFT and of the last iteration, role by role."""
     export = config.directory / "export"
@@ -73,13 +103,14 @@ def _samples(config: Config) -> Iterator[SampleTrajectory]:
                 verdict=verdict.label,
                 rule=verdict.rule,
                 stage=name,
-                segments=[_segment(tokenizer, trajectory, r, s) for r, s in trajectory.segments],
+                segments=[segment(tokenizer, trajectory, r, s) for r, s in trajectory.segments],
             )
 
 
-def _segment(
-    tokenizer: Any, trajectory: Any, role: Role, span: slice
+def segment(
+    tokenizer: Any, trajectory: Trajectory, role: Role, span: slice
 ) -> tuple[str, str, float | None]:
+    """A segment of a trajectory as a report shows it."""
     text = tokenizer.decode(trajectory.ids[span].tolist(), clean_up_tokenization_spaces=False)
     mean = float(np.mean(trajectory.log_probs[span])) if role == Role.ACTION else None
     return role.name.lower(), text, mean

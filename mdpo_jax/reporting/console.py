@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -23,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mdpo_jax.reporting.results import Row, gather
+from mdpo_jax.reporting.sheets import Sheet
 from mdpo_jax.reporting.text import one_line
 
 _COLUMNS = {
@@ -68,6 +69,30 @@ def results_table(rows: Iterable[Row]) -> Table:
         cells = (Text(line.cells[column]) for column in _COLUMNS)
         table.add_row(Text(one_line(line.split)), Text(one_line(line.policy)), *cells)
     return table
+
+
+def sheet_table(sheet: Sheet) -> Group:
+    """A table of an evaluation, for 100 columns; leading cells are not repeated line by line."""
+    table = Table(
+        box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True,
+        header_style="",
+    )  # fmt: skip
+    for i, column in enumerate(sheet.columns):
+        table.add_column(Text(column), justify="left" if i < sheet.texts else "right")
+    before: list[str] = []
+    for row in sheet.rows:
+        if before and row[0] != before[0]:
+            table.add_section()
+        shown = [
+            "" if before[: i + 1] == list(row[: i + 1]) else cell for i, cell in enumerate(row)
+        ]
+        table.add_row(
+            *(Text(one_line(cell)) for cell in shown[: sheet.texts]),
+            *(Text(one_line(cell)) for cell in row[sheet.texts :]),
+        )
+        before = list(row[: sheet.texts])
+    # Not the table's own title and caption, which wrap at its width.
+    return Group(Text(sheet.title, "bold"), table, Text(sheet.caption, "dim"))
 
 
 @contextlib.contextmanager

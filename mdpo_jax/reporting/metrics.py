@@ -6,9 +6,9 @@ import json
 import math
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -76,17 +76,21 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     A last line that is not a JSON object is what a killed writer leaves and is left out; one
     anywhere else raises `MetricsError` with its line number.
     """
-    lines = Path(path).read_bytes().split(b"\n")
-    if not lines[-1]:
-        lines.pop()
-    rows = []
-    for number, line in enumerate(lines, 1):
-        row = _row(line)
-        if row is not None:
-            rows.append(row)
-        elif number < len(lines):
-            raise MetricsError(f"{path}:{number}: {line[:80]!r} is not a JSON object")
-    return rows
+    return list(iterate_metrics(path))
+
+
+def iterate_metrics(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+    """The same one by one, for a file that is larger than memory."""
+    bad: tuple[int, bytes] | None = None
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if bad is not None:
+                raise MetricsError(f"{path}:{bad[0]}: {bad[1][:80]!r} is not a JSON object")
+            row = _row(line)
+            if row is None:
+                bad = number, line.rstrip(b"\n")
+            else:
+                yield row
 
 
 def _row(line: bytes) -> dict[str, Any] | None:
@@ -99,18 +103,28 @@ def _row(line: bytes) -> dict[str, Any] | None:
 
 def _mend_tail(path: Path) -> None:
     """Cut a torn last line off, or end a whole one that lacks only its newline."""
-    if not path.exists():
-        return
-    data = path.read_bytes()
-    tail = data.rstrip(b"\n").rfind(b"\n") + 1
-    if not data or (data.endswith(b"\n") and _row(data[tail:]) is not None):
+    if not path.exists() or not path.stat().st_size:
         return
     with open(path, "r+b") as file:
-        if _row(data[tail:]) is None:
-            file.truncate(tail)
-        else:
+        start, tail = _last_line(file)
+        if _row(tail) is None:
+            file.truncate(start)
+        elif not tail.endswith(b"\n"):
             file.seek(0, os.SEEK_END)
             file.write(b"\n")
+
+
+def _last_line(file: BinaryIO, step: int = 1 << 16) -> tuple[int, bytes]:
+    """Where the last line begins, newlines behind it not counted, and all from there on."""
+    at, tail = file.seek(0, os.SEEK_END), b""
+    while at:
+        size = min(step, at)
+        at = file.seek(at - size)
+        tail = file.read(size) + tail
+        cut = tail.rstrip(b"\n").rfind(b"\n") + 1
+        if cut:
+            return at + cut, tail[cut:]
+    return 0, tail
 
 
 def _plain(value: Any, name: str, non_finite: list[str]) -> Any:
@@ -194,16 +208,39 @@ def bootstrap_interval(
         raise MetricsError(f"values: shape {data.shape}; expected finite numbers [problems], >= 1")
     if samples < 1 or not 0 < level < 1:
         raise MetricsError(f"samples {samples}, level {level}; expected >= 1 and within (0, 1)")
-    rng = np.random.default_rng(seed)
-    block = max(1, _RESAMPLED_AT_ONCE // data.size)
-    means = np.concatenate(
-        [
-            data[rng.integers(data.size, size=(min(block, samples - at), data.size))].mean(axis=1)
-            for at in range(0, samples, block)
-        ]
-    )
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    means = [data[rows].mean(axis=1) for rows in _resampled(data.size, seed, samples)]
+    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def share_interval(
+    right: Float[np.ndarray, " problems"], of: Float[np.ndarray, " problems"], seed: int
+) -> tuple[float, float]:
+    """95 % interval of sum(right) / sum(of), each right[i] from 0 to of[i], over problems.
+
+    The percentile bootstrap of the ratio: a problem is drawn with all that was sampled on it.  Where
+    nothing or everything is right, each resample says the same and the bootstrap would claim to be
+    certain; there it is Wilson's interval of as many trials as there are problems with of[i] > 0.
+    """
+    parts, wholes = np.asarray(right, np.float64), np.asarray(of, np.float64)
+    parts, wholes = parts[wholes > 0], wholes[wholes > 0]
+    if not wholes.size:
+        return 0.0, 1.0
+    if not parts.any() or (parts == wholes).all():
+        return wilson_interval(len(parts) if parts.any() else 0, len(parts))
+    shares = [
+        parts[rows].sum(axis=1) / wholes[rows].sum(axis=1)
+        for rows in _resampled(parts.size, seed, 2000)
+    ]
+    low, high = np.quantile(np.concatenate(shares), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _resampled(size: int, seed: int, samples: int) -> Iterator[Int[np.ndarray, "some size"]]:
+    """Indices drawn with replacement, `samples` rows of them in blocks that fit in memory."""
+    rng, block = np.random.default_rng(seed), max(1, _RESAMPLED_AT_ONCE // size)
+    for at in range(0, samples, block):
+        yield rng.integers(size, size=(min(block, samples - at), size))
 
 
 def paired_interval(

@@ -89,10 +89,15 @@ def training_plot(
     _finish(figure, path)
 
 
-def pass_at_k_plot(series: Mapping[str, Mapping[int, float]], path: str | os.PathLike[str]) -> None:
+def pass_at_k_plot(
+    series: Mapping[str, Mapping[int, float]],
+    path: str | os.PathLike[str],
+    bands: Mapping[str, Mapping[int, tuple[float, float]]] | None = None,
+) -> None:
     """Share of problems with a right answer among k samples, against k on a log axis.
 
-    series: name of the policy -> k -> pass@k in [0, 1].
+    series: name of the policy -> k -> pass@k in [0, 1]; one whose name ends in maj@k is of votes and
+    drawn dashed.  bands: (low, high) at the same k, where there are.
     """
     figure, axes = _grid(1, 1, 6.4, 3.8)
     ax = axes[0][0]
@@ -103,8 +108,12 @@ def pass_at_k_plot(series: Mapping[str, Mapping[int, float]], path: str | os.Pat
         if not points:
             continue
         x, y = np.array(sorted(points)).T
-        colour = COLOURS[i % len(COLOURS)]
-        ax.plot(x, 100 * y, "-o", color=colour, markersize=4, linewidth=1.6)
+        colour, style = COLOURS[i % len(COLOURS)], "--o" if name.endswith("maj@k") else "-o"
+        ax.plot(x, 100 * y, style, color=colour, markersize=4, linewidth=1.6)
+        band = (bands or {}).get(name)
+        if band:
+            edges = 100 * np.array([band[int(k)] for k in x]).T
+            ax.fill_between(x, *edges, color=colour, alpha=0.12, linewidth=0)
         ends.append((x[-1], 100 * y[-1], name, colour))
         ticks.update(int(k) for k in x)
     if not ends:
@@ -115,7 +124,8 @@ def pass_at_k_plot(series: Mapping[str, Mapping[int, float]], path: str | os.Pat
         ax.minorticks_off()
     _name_ends(ax, ends)
     ax.set_xlabel("k, samples a problem")
-    ax.set_ylabel("pass@k, %")
+    votes = any(name.endswith("maj@k") for name in series)
+    ax.set_ylabel("problems, %" if votes else "pass@k, %")
     _finish(figure, path)
 
 

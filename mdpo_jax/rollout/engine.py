@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import NamedTuple
 
@@ -67,7 +67,7 @@ class _Slot:
     """The host's side of one slot."""
 
     request: Request
-    session: Session
+    session: Session | None
     ids: list[int]
     roles: list[int]
     log_probs: list[float]
@@ -98,9 +98,12 @@ class _Slot:
 
 
 class Engine:
-    """Samples trajectories of one policy with one tool.  Raises ValueError for a prompt too long."""
+    """Samples trajectories of one policy with one tool.  Raises ValueError for a prompt too long.
 
-    def __init__(self, sampler: Sampler, chat: Chat, tool: Tool, limits: Limits):
+    tool: None for reasoning alone: then no turn runs code, and the first one is the last.
+    """
+
+    def __init__(self, sampler: Sampler, chat: Chat, tool: Tool | None, limits: Limits):
         self._sampler, self._chat, self._tool, self._limits = sampler, chat, tool, limits
         for text in chat.stop_strings:
             if len(text.encode()) > LONGEST_STOP:
@@ -112,15 +115,25 @@ class Engine:
         advance: Callable[[int], None] = lambda done: None,
     ) -> list[Trajectory]:  # fmt: skip
         """The trajectories, in the order of the requests; `advance` is told of each finished one."""
+        done: dict[int, Trajectory] = {}
+        for place, trajectory in self.stream(requests, policy=policy, temperature=temperature):
+            done[place] = trajectory
+            advance(1)
+        return [done[place] for place in range(len(done))]
+
+    def stream(
+        self, requests: Iterable[Request], *, policy: str, temperature: float
+    ) -> Iterator[tuple[int, Trajectory]]:
+        """Each trajectory as soon as it is finished, with its request's place; none is kept here."""
         order = list(requests)
         queue = deque(range(len(order)))
-        done: dict[int, Trajectory] = {}
         slots: dict[int, tuple[int, _Slot]] = {}  # slot -> (place in order, its content)
         running: set[int] = set()
         grown: list[int] = []  # slots whose ids are ahead of the cache
         waiting: list[tuple[int, Future[Observation]]] = []
         state = self._state if self._state is not None else self._sampler.start()
-        prompts = [len(self._start(request)[0]) for request in order]
+        starts = {(r.problem.id, r.prefix): r for r in order}.values()
+        prompts = [len(self._start(request)[0]) for request in starts]
         # What the template puts around an observation is a few tokens.
         longest = max([self._limits.observation_tokens + _AROUND, *prompts])
         state = self._sampler.warm_up(state, longest)
@@ -145,11 +158,9 @@ class Engine:
             grown = [i for i, call in waiting if self._observe(slots[i][1], call.result())]
             for index in [i for i, (_, slot) in slots.items() if slot.finish is not None]:
                 place, slot = slots.pop(index)
-                done[place] = _trajectory(slot, policy)
-                advance(1)
+                yield place, _trajectory(slot, policy)
             waiting = started
         self._state = state
-        return [done[place] for place in range(len(order))]
 
     def _admit(self, request: Request) -> _Slot:
         ids, roles = self._start(request)
@@ -159,9 +170,11 @@ class Engine:
                 f"problem {request.problem.id!r}: {len(ids)} tokens to begin with; "
                 f"rollout.context={self._limits.context} must hold it and an answer"
             )
-        session = self._tool.start(request.key)
+        session = None if self._tool is None else self._tool.start(request.key)
         slot = _Slot(request, session, ids, roles, [0.0] * len(ids), len(ids))
         if request.prefix is not None:
+            if session is None:
+                raise ValueError(f"{request.key}: a prefix has tool output; expected a tool")
             slot.session = Replayed(session, request.prefix.actions)
             slot.turns = len(request.prefix.actions)
             slot.generated = roles.count(int(Role.ACTION))
@@ -233,12 +246,14 @@ class Engine:
         """Start the tool if the turn asks for it, or finish the trajectory (recipe 1.4)."""
         slot.turns += 1
         text = self._chat.decode(slot.ids[slot.turn_start :])
-        if wants_tool(text) and slot.turns < self._limits.max_turns and self._continues(slot):
-            return slot.session.run(text)
-        slot.session.close()
+        calls = slot.session is not None and wants_tool(text)
+        if slot.session is not None:
+            if calls and slot.turns < self._limits.max_turns and self._continues(slot):
+                return slot.session.run(text)
+            slot.session.close()
         if "boxed" in text:
             slot.finish = "answered"
-        elif wants_tool(text):
+        elif calls:
             slot.finish = "turn_limit" if self._continues(slot) else "token_limit"
         else:
             slot.finish = "no_code" if slot.ids[-1] in self._chat.stop_ids else "token_limit"
@@ -257,7 +272,8 @@ class Engine:
             limit=self._limits.observation_tokens,
         )
         if len(slot.ids) + len(ids) >= self._limits.context:
-            slot.session.close()
+            if slot.session is not None:
+                slot.session.close()
             slot.finish = "token_limit"
             return False
         slot.append(ids, roles)

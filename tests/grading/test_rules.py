@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import pytest
 
-from mdpo_jax.grading.normalise import exact_number, split_percent, split_unit
+from mdpo_jax.grading.normalise import answer_key, exact_number, split_percent, split_unit
 from mdpo_jax.grading.rules import settle
 from mdpo_jax.grading.structure import base, brackets, count
 
@@ -152,3 +152,10 @@ def test_what_is_cheap_per_policy(gold, answer, strict, lenient):
         found = settle(gold, answer, policy)
         rule = found and ("+" if found.correct else "") + found.rule
         assert rule == expected, policy
+
+
+def test_answers_that_vote_together():
+    same = ["0.5", r"\frac12", r"\dfrac{1}{2}", "$1/2$", " .50 "]
+    assert len({answer_key(text) for text in same}) == 1
+    apart = ["0.5", "0.50001", "x+1", "1+x", r"50\%", "(1,2)", "12"]
+    assert len({answer_key(text) for text in apart}) == len(apart)

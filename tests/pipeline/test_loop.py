@@ -197,6 +197,31 @@ def test_evaluate_reads_what_is_done_and_makes_what_is_not(finished, capsys):
     assert "has no parameters; expected 0 (SFT) to 2" in capsys.readouterr().err
 
 
+def test_a_run_is_evaluated_with_its_own_configuration(
+    finished, tmp_path, graded_by_parity, capsys
+):
+    out = tmp_path / "e"
+    flags = ["--checkpoint", str(finished), "--iteration", "2", "--out", str(out)]
+    assert evaluate.main(["--config=tiny", *flags]) == 0
+    found, results = (json.loads((d / "results.json").read_text()) for d in (out, finished))
+    row = next(
+        r
+        for r in results["rows"]
+        if (r["iteration"], r["split"], r["decoding"]) == (2, "test", "greedy")
+    )
+    [suite] = found["suites"]
+    assert suite["greedy"]["value"] == row["accuracy"]
+    assert suite["problems"] == row["n"] == 6
+    assert found["harness"]["limits"]["turn_tokens"] == 8
+    assert (
+        found["policy"]["fingerprint"]
+        == files.read_json(finished / "iteration-2" / "train" / "done.json")["policy"]
+    )
+    other = ["--config=tiny_stochastic", *flags]
+    assert evaluate.main(other) == 2
+    assert "the run's own recipe is tiny" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("argument", "message"),
     [

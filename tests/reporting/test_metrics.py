@@ -81,6 +81,21 @@ def test_a_whole_last_line_without_its_newline_is_kept(tmp_path):
     assert [row["step"] for row in read_metrics(path)] == [1, 2, 3]
 
 
+@pytest.mark.parametrize("size", [65_500, 65_536, 200_000])
+def test_a_last_line_longer_than_what_is_read_at_once(tmp_path, size):
+    path = tmp_path / "m.jsonl"
+    whole = json.dumps({"text": "x" * size})
+    path.write_text(f'{{"a": 1}}\n{whole}')
+    MetricsWriter(path).close()
+    assert path.read_text() == f'{{"a": 1}}\n{whole}\n'
+    path.write_text(f'{{"a": 1}}\n{whole[:-3]}')
+    MetricsWriter(path).close()
+    assert path.read_text() == '{"a": 1}\n'
+    path.write_text(whole[:-3])
+    MetricsWriter(path).close()
+    assert path.read_text() == ""
+
+
 def test_a_broken_line_inside_is_an_error_with_its_place(tmp_path):
     path = tmp_path / "m.jsonl"
     path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')

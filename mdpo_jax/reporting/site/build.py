@@ -15,6 +15,7 @@ from typing import Any
 
 from mdpo_jax.reporting import plots
 from mdpo_jax.reporting.results import Row, decimals, gather, number
+from mdpo_jax.reporting.sheets import Sheet
 from mdpo_jax.reporting.text import one_line, visible
 
 _MARK = '<meta name="generator" content="mdpo_jax.reporting.site">'  # also in template.html
@@ -42,7 +43,8 @@ class Report:
     """All that the page shows.
 
     rows: those of results.json.  curves: name of an iteration -> its metrics by step.  pass_at_k:
-    name of a policy -> k -> share in [0, 1].  An empty field leaves its section out.
+    name of a policy -> k -> share in [0, 1], with its (low, high) in `bands`.  sheets: more tables.
+    An empty field leaves its section out.
     """
 
     title: str
@@ -50,6 +52,8 @@ class Report:
     rows: Sequence[Row] = ()
     curves: Mapping[str, Sequence[Mapping[str, Any]]] = dataclasses.field(default_factory=dict)
     pass_at_k: Mapping[str, Mapping[int, float]] = dataclasses.field(default_factory=dict)
+    bands: Mapping[str, Mapping[int, tuple[float, float]]] = dataclasses.field(default_factory=dict)
+    sheets: Sequence[Sheet] = ()
     samples: Sequence[SampleTrajectory] = ()
     notes: Sequence[str] = ()
     environment: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -86,14 +90,13 @@ def _draw(report: Report, folder: Path) -> list[tuple[str, str, str]]:
             )
         )
     if any(report.pass_at_k.values()):
-        plots.pass_at_k_plot(report.pass_at_k, folder / "pass_at_k.svg")
-        figures.append(
-            (
-                "pass_at_k.svg",
-                "pass@k",
-                "Share of problems with a right answer among k samples, unbiased estimate.",
+        plots.pass_at_k_plot(report.pass_at_k, folder / "pass_at_k.svg", report.bands)
+        text = "Share of problems with a right answer among k samples, unbiased estimate."
+        if report.bands:
+            text += (
+                " Dashed: the majority's answer is right. Bands are 95 % intervals over problems."
             )
-        )
+        figures.append(("pass_at_k.svg", "pass@k", text))
     if any(report.curves.values()):
         plots.training_plot(report.curves, folder / "training.svg")
         figures.append(

@@ -1,0 +1,139 @@
+"""What was measured with: everything beside the policy that an accuracy depends on, as plain data."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+
+import mdpo_jax
+from mdpo_jax.chat import COT_INSTRUCTION
+from mdpo_jax.config import ConfigError
+from mdpo_jax.grading.rules import POLICIES, Policy
+from mdpo_jax.isolation import seccomp
+from mdpo_jax.pipeline.context import Context
+from mdpo_jax.recipes import differences
+from mdpo_jax.types import Problem
+
+Mode = Literal["tool", "cot"]
+MODES: tuple[Mode, ...] = ("tool", "cot")
+PACKAGES = ("jax", "transformers", "tokenizers", "sympy", "numpy", "math-verify")
+MOST_SAMPLES = 512  # the counts of maj@k stay within a float64
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Asked:
+    """An evaluation as the command line asks for it.
+
+    config: `--config...` arguments.  checkpoint: a run, a step of one, a model's folder or hub id;
+    None for config.model.path.  iteration: of a run, None for the chosen one.  data: problem files;
+    none for the recipe's own `split`.  problems: so many of each file, 0 for all.
+    """
+
+    config: tuple[str, ...] = ()
+    checkpoint: str | None = None
+    iteration: int | None = None
+    split: Literal["dev", "test"] = "test"
+    data: tuple[str, ...] = ()
+    mode: Mode = "tool"
+    samples: int = 0
+    temperature: float = 1.0
+    policy: Policy = "strict"
+    problems: int = 0
+    out: Path | None = None
+    versus: Path | None = None
+
+    def __post_init__(self) -> None:
+        _one_of("mode", self.mode, MODES)
+        _one_of("policy", self.policy, POLICIES)
+        _one_of("split", self.split, ("dev", "test"))
+        _within("samples", self.samples, 0, MOST_SAMPLES)
+        _within("problems", self.problems, 0, None)
+        if not 0 < self.temperature < float("inf"):
+            raise ConfigError(f"--temperature={self.temperature}: expected a number above 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """Problems that are evaluated together, and what says that they are the same another time.
+
+    file: sha256 of the file that they come from, "" for none.  quarantined: its bad rows.
+    """
+
+    name: str
+    problems: tuple[Problem, ...]
+    file: str = ""
+    quarantined: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "file_sha256": self.file,
+            "problems": len(self.problems),
+            "problems_sha256": content(self.problems),
+            "quarantined": self.quarantined,
+        }
+
+
+def harness(context: Context, asked: Asked, suites: Sequence[Suite]) -> dict[str, Any]:
+    """The whole harness, as JSON holds it.  How many slots decode together is no part of it."""
+    config, problems = context.config, context.config.problems
+    tool: Any = "off"
+    if asked.mode == "tool":
+        tool = dataclasses.asdict(config.tool) | {"seccomp": seccomp.supported()}
+        if not problems.path:
+            tool |= {"noise": problems.noise, "fault": problems.fault}
+    found = {
+        "mode": asked.mode,
+        "instruction": COT_INSTRUCTION if asked.mode == "cot" else "",
+        "chat": {**context.chat.described(), "system": config.model.system},
+        "limits": dataclasses.asdict(context.limits),
+        "sampling": {
+            "greedy": {"samples": 1, "temperature": 0.0},
+            "samples": asked.samples,
+            "temperature": asked.temperature if asked.samples else None,
+            "seed": config.seed,
+        },
+        "dtype": {"stored": config.model.param_dtype, "decoding": config.rollout.decode_dtype},
+        "backend": jax.default_backend(),
+        "tool": tool,
+        "grader": context.grader.settings,
+        "data": {suite.name: suite.as_dict() for suite in suites},
+        "versions": {
+            "mdpo_jax (executor, grader)": mdpo_jax.__version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in PACKAGES},
+        },
+    }
+    return json.loads(json.dumps(found))
+
+
+def comparable(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """Differences in harness of two results, `field: a's -> b's`; none: they may be compared.
+
+    Which policy was evaluated is no difference.
+    """
+    return differences(dict(a["harness"]), dict(b["harness"]))
+
+
+def content(problems: Sequence[Problem]) -> str:
+    """sha256 over ids, questions and golds, in order."""
+    rows = [[p.id, p.question, p.answer] for p in problems]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def _one_of(name: str, value: str, accepted: Sequence[str]) -> None:
+    if value not in accepted:
+        raise ConfigError(f"--{name}={value}: expected one of {', '.join(accepted)}")
+
+
+def _within(name: str, value: int, least: int, most: int | None) -> None:
+    if value < least or (most is not None and value > most):
+        bounds = f"at least {least}" if most is None else f"{least} to {most}"
+        raise ConfigError(f"--{name}={value}: expected {bounds}")

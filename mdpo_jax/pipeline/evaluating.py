@@ -282,7 +282,7 @@ def _claim(out: Path, claim: dict[str, Any]) -> None:
         files.write_json(path, claim)
         return
     known = files.read_json(path)
-    changed = comparable(known, claim)
+    changed = recipes.differences(known["harness"], claim["harness"])
     old, new = (c["policy"]["fingerprint"] for c in (known, claim))
     if old != new:
         changed = [f"policy.fingerprint: {old!r} -> {new!r}", *changed]

@@ -17,7 +17,6 @@ import mdpo_jax
 from mdpo_jax.chat import COT_INSTRUCTION
 from mdpo_jax.config import ConfigError
 from mdpo_jax.grading.rules import POLICIES, Policy
-from mdpo_jax.isolation import seccomp
 from mdpo_jax.pipeline.context import Context
 from mdpo_jax.recipes import differences
 from mdpo_jax.types import Problem
@@ -86,7 +85,7 @@ def harness(context: Context, asked: Asked, suites: Sequence[Suite]) -> dict[str
     config, problems = context.config, context.config.problems
     tool: Any = "off"
     if asked.mode == "tool":
-        tool = dataclasses.asdict(config.tool) | {"seccomp": seccomp.supported()}
+        tool = dataclasses.asdict(config.tool) | {"protection": context.interpreter.protection}
         if not problems.path:
             tool |= {"noise": problems.noise, "fault": problems.fault}
     found = {
@@ -106,7 +105,9 @@ def harness(context: Context, asked: Asked, suites: Sequence[Suite]) -> dict[str
         "grader": context.grader.settings,
         "data": {suite.name: suite.as_dict() for suite in suites},
         "versions": {
-            "mdpo_jax (executor, grader)": mdpo_jax.__version__,
+            "mdpo_jax": mdpo_jax.__version__,
+            "executor": source_digest("environment", "isolation"),
+            "grader": source_digest("grading", "isolation"),
             "python": platform.python_version(),
             **{name: version(name) for name in PACKAGES},
         },
@@ -117,15 +118,32 @@ def harness(context: Context, asked: Asked, suites: Sequence[Suite]) -> dict[str
 def comparable(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     """Differences in harness of two results, `field: a's -> b's`; none: they may be compared.
 
-    Which policy was evaluated is no difference.
+    Which policy was evaluated is no difference, nor how many samples (pass@k and maj@k are unbiased
+    for any number), nor the temperature where only one of them has samples.
     """
-    return differences(dict(a["harness"]), dict(b["harness"]))
+    left, right = (_comparable(of["harness"], other["harness"]) for of, other in ((a, b), (b, a)))
+    return differences(left, right)
+
+
+def source_digest(*rooms: str) -> str:
+    """Short sha256 over the source of parts of this package: a version that no one must remember."""
+    package, digest = Path(mdpo_jax.__file__).parent, hashlib.sha256()
+    for path in sorted(p for room in rooms for p in (package / room).rglob("*.py")):
+        digest.update(f"{path.relative_to(package)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def content(problems: Sequence[Problem]) -> str:
     """sha256 over ids, questions and golds, in order."""
     rows = [[p.id, p.question, p.answer] for p in problems]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def _comparable(harness: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    sampling = {k: v for k, v in harness["sampling"].items() if k != "samples"}
+    if not harness["sampling"]["samples"] or not other["sampling"]["samples"]:
+        del sampling["temperature"]
+    return {**harness, "sampling": sampling}
 
 
 def _one_of(name: str, value: str, accepted: Sequence[str]) -> None:

@@ -166,6 +166,7 @@ class _PlainLines:
         self._every, self._clock = every, clock
         self._begun = self._said = clock()
         self._completed, self._text = 0.0, ""
+        self._first: tuple[float, float] | None = None  # when something was done, and how much
         self._news = True
 
     def __call__(
@@ -174,6 +175,8 @@ class _PlainLines:
         self._completed = self._completed + advance if completed is None else completed
         self._text = self._text if text is None else one_line(text)
         self._news = True
+        if self._first is None and self._completed:
+            self._first = self._clock(), self._completed
         if self._clock() - self._said >= self._every:
             self.say()
 
@@ -189,13 +192,20 @@ class _PlainLines:
         if done and elapsed > 0:
             parts.append(_rate(done / elapsed))
             if total is not None and done < total:
-                parts.append(f"{_duration((total - done) * elapsed / done)} left")
+                parts.append(f"{_duration((total - done) / self._speed())} left")
         if total is None or done >= total:
             parts.append(f"{_duration(elapsed)} elapsed")
         if self._text:
             parts.append(self._text)
         line = f"{self._description}: {', '.join(parts)}"
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def _speed(self) -> float:
+        """Units a second since the first were done: before them, programs are compiled."""
+        begun, before = self._first or (self._begun, 0.0)
+        if self._completed == before or self._said == begun:
+            begun, before = self._begun, 0.0
+        return (self._completed - before) / (self._said - begun)
 
 
 def _rate(per_second: float) -> str:

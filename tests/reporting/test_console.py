@@ -60,6 +60,20 @@ def test_progress_without_a_terminal_says_a_line_now_and_then():
     ]
 
 
+def test_the_time_left_does_not_count_what_came_before_the_first():
+    out, clock = io.StringIO(), _Clock()
+    with progress("evaluate", 50, console=Console(file=out, width=80), clock=clock) as report:
+        clock.now = 60.0  # programs are compiled
+        report(10)
+        for _ in range(10):
+            clock.now += 3
+            report(1)
+    assert out.getvalue().splitlines() == [
+        "evaluate: 10/50, 0.2/s, 0:04:00 left",  # nothing better is known yet
+        "evaluate: 20/50, 0.2/s, 0:01:30 left",
+    ]
+
+
 def test_progress_without_a_total_or_cut_short_still_ends_with_a_line():
     out, clock = io.StringIO(), _Clock()
     console = Console(file=out, width=80)

@@ -163,13 +163,18 @@ class Rollout:
 
     samples from the current policy and previous_samples from the one before (the paper: 20 + 10).
     max_turns is H; turn_tokens and trajectory_tokens bound what the policy may generate.
+    temperature, top_k (0: all), top_p: what tokens are drawn from (rollout/sampling.py).
     slots: rows decoded together.  chunk_problems: problems sampled and stored as one unit, the
     most that a kill can lose.  context: cache length, prompt and observations included.
+    collect: `fixed` waits for a tool after one block of decoding, and a rerun repeats every bit;
+    `arrival` decodes on, for slow tools, and the last bits of log-probs depend on timing.
     """
 
     samples: int = 20
     previous_samples: int = 10
     temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
     max_turns: int = 6
     turn_tokens: int = 512
     trajectory_tokens: int = 2048
@@ -179,11 +184,14 @@ class Rollout:
     chunk_problems: int = 32
     block: int = 16
     decode_dtype: Literal["float32", "bfloat16"] = "float32"
+    collect: Literal["fixed", "arrival"] = "fixed"
 
     def __post_init__(self) -> None:
         _at_least(1, "rollout", self, "samples", "max_turns", "turn_tokens", "trajectory_tokens")
         _at_least(1, "rollout", self, "observation_tokens", "slots", "chunk_problems", "block")
-        _at_least(0, "rollout", self, "previous_samples", "temperature")
+        _at_least(0, "rollout", self, "previous_samples", "temperature", "top_k")
+        right = 0 < self.top_p <= 1
+        _require(right, "rollout.top_p", self.top_p, "a number above 0 and at most 1")
         _require(
             self.context >= self.trajectory_tokens,
             "rollout.context",

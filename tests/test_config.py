@@ -32,6 +32,9 @@ def test_overrides_are_typed_and_nested():
         ("--seed=1", "unknown argument; expected --config.FIELD=VALUE"),
         ("--config.rollout.context=8", "at least rollout.trajectory_tokens"),
         ("--config.problems.noise=2", "a number from 0 to 1"),
+        ("--config.rollout.top_k=-1", "rollout.top_k=-1: expected at least 0"),
+        ("--config.rollout.top_p=0", "rollout.top_p=0.0: expected a number above 0 and at most 1"),
+        ("--config.rollout.collect=late", "expected one of fixed, arrival"),
     ],
 )
 def test_a_wrong_override_is_told_in_one_line(argument, message):

@@ -5,25 +5,29 @@
 
 `batch` generates --new tokens after a prompt of lognormal length (about 100 tokens, 20 to 300).
 `turns` plays a tool loop on one cache: --turns times --turn-new tokens and an observation of
---observation tokens.  Greedy, no stop token, prompts and observations counted in the time.
+--observation tokens.  Greedy by default, no stop token, prompts and observations counted in the time.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
+import resource
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from bench_step import SIZES
 
 if TYPE_CHECKING:
+    from mdpo_jax.model.families import ModelConfig
     from mdpo_jax.rollout.sampler import DecodeState, Sampler
+    from mdpo_jax.rollout.sampling import Sampling
 
 
 def make_prompts(count: int, vocab: int, seed: int, length: int | None) -> list[list[int]]:
@@ -39,24 +43,23 @@ def make_prompts(count: int, vocab: int, seed: int, length: int | None) -> list[
 
 def play(
     sampler: Sampler, state: DecodeState, prompts: list[list[int]], rounds: int, new: int,
-    observations: np.ndarray,
+    observations: np.ndarray, sampling: Sampling,
 ) -> DecodeState:  # fmt: skip
-    """All rounds of all prompts: `new` tokens each, and an observation between two rounds."""
+    """All rounds of all prompts: `new` tokens each, and an observation after each round."""
     slots = list(range(len(prompts)))
     seeds = [(0, slot) for slot in slots]
-    held = [len(p) for p in prompts]
+    held = np.array([len(p) for p in prompts])
     state = sampler.extend(state, slots, prompts, [0] * len(slots), seeds)
     for turn in range(rounds):
         left = new
         while left:
             count = min(left, sampler.shapes.block)
-            state, _ = sampler.decode(state, np.full(len(slots), count, np.int32), 0.0)
-            left -= count
-        held = [n + new for n in held]
-        # Every turn's observation is read, the last one's too: the peer's loop feeds it as well.
+            state, _ = sampler.decode(state, held, np.full(len(slots), count), sampling)
+            left, held = left - count, held + count
+        # Every turn's observation is read, the last one's too: more than the peer's loop reads.
         if len(observations):
-            state = sampler.extend(state, slots, observations[turn].tolist(), held, seeds)
-            held = [n + observations.shape[-1] for n in held]
+            state = sampler.extend(state, slots, observations[turn].tolist(), held.tolist(), seeds)
+            held = held + observations.shape[-1]
     return state
 
 
@@ -65,17 +68,11 @@ def main() -> None:
     options = _options()
     import jax
 
-    from mdpo_jax.model import transformer
-    from mdpo_jax.model.families import ModelConfig
-    from mdpo_jax.model.policy import load_policy
-    from mdpo_jax.rollout.sampler import Sampler, Shapes
+    from mdpo_jax.rollout.sampler import Sampler
+    from mdpo_jax.rollout.sampling import Sampling
+    from mdpo_jax.rollout.shapes import Shapes
 
-    if options.model:
-        policy = load_policy(options.model)
-        config, params = policy.config, policy.params
-    else:
-        config = ModelConfig("gemma", *SIZES[options.size])
-        params = transformer.init_params(config, jax.random.key(options.seed))
+    config, params = _model(options)
     prompts = make_prompts(options.batch, config.vocab_size, options.seed, options.prompt_len)
     rounds, new, observation = options.turns, options.turn_new, options.observation
     if options.mode == "batch":
@@ -83,30 +80,54 @@ def main() -> None:
     shape = (rounds if observation else 0, options.batch, observation)
     observations = np.random.default_rng(options.seed).integers(4, config.vocab_size, shape)
     length = max(map(len, prompts)) + rounds * (new + observation)
-    context = -(-length // 128) * 128
+    context = options.context or -(-length // 128) * 128
     sampler = Sampler(config, Shapes.make(options.batch, context, options.block), (), "float32")
     sampler.load(params)
-    state = play(sampler, sampler.start(), prompts, rounds, new, observations)
-    warm = sampler.compilations()
+    state = sampler.warm_up(sampler.start(), max(map(len, prompts)), max(observation, 1))
+    job = prompts, rounds, new, observations, Sampling(options.temperature)
+    state = play(sampler, state, *job)
 
     def once(state: DecodeState) -> DecodeState:
-        return jax.block_until_ready(play(sampler, state, prompts, rounds, new, observations))
+        return jax.block_until_ready(play(sampler, state, *job))
 
-    wall, cpu = _timed(once, state, options.repeats)
-    tokens = options.batch * rounds * new
-    line = {
-        "bench": "generate", "peer": "mdpo_jax", "model": options.model or options.size,
-        "mode": options.mode, "batch": options.batch, "prompt_tokens": sum(map(len, prompts)),
-        "generated_tokens" if options.mode == "batch" else "cache_kept": {
-            "per_s": _spread([tokens / s for s in wall]),
-            "per_cpu_s": _spread([tokens / s for s in cpu]),
+    laps = _timed(once, state, options.repeats)
+    mode = {"turns": rounds, "turn_new": new, "observation": observation}
+    _emit(
+        bench="generate", peer="mdpo_jax", model=_name(options), mode=options.mode,
+        batch=options.batch, prompt_tokens=sum(map(len, prompts)),
+        **({"new": new} if options.mode == "batch" else mode),
+        **{
+            "generated_tokens" if options.mode == "batch" else "cache_kept": _rates(
+                options.batch * rounds * new, laps
+            )
         },
-        "turns": rounds, "turn_new": new, "observation": observation, "context": context,
-        "compilations_after_warm_up": sampler.compilations() - warm,
-        "python": platform.python_version(), "jax": jax.__version__,
-        "device": jax.devices()[0].device_kind,
-    }  # fmt: skip
-    print(json.dumps(line))
+        context=context, temperature=options.temperature,
+        compilations_after_warm_up=sampler.late_compilations(),
+        python=platform.python_version(), cores=len(os.sched_getaffinity(0)),
+        versions={"jax": jax.__version__}, device=jax.devices()[0].device_kind,
+        peak_rss_mb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+    )  # fmt: skip
+
+
+def _name(options: argparse.Namespace) -> str:
+    return options.model.name if options.model else options.size
+
+
+def _model(options: argparse.Namespace) -> tuple[ModelConfig, Any]:
+    """Config and parameters; a folder needs no tokenizer, for no text is made."""
+    import jax
+    import jax.numpy as jnp
+
+    from mdpo_jax.model import transformer
+    from mdpo_jax.model.families import ModelConfig
+    from mdpo_jax.model.hf_config import from_hf
+    from mdpo_jax.model.weights import read_params
+
+    if options.model:
+        config = from_hf(json.loads((options.model / "config.json").read_text()))
+        return config, read_params(options.model, config, None, jnp.float32)
+    config = ModelConfig("gemma", *SIZES[options.size])
+    return config, transformer.init_params(config, jax.random.key(options.seed))
 
 
 def _options() -> argparse.Namespace:
@@ -121,6 +142,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--turn-new", type=int, default=60)
     parser.add_argument("--observation", type=int, default=30)
     parser.add_argument("--block", type=int, default=16)
+    parser.add_argument("--context", type=int, default=None, help="cache length; default: enough")
+    parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
@@ -139,8 +162,26 @@ def _timed(
     return wall, cpu
 
 
-def _spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+def _rates(tokens: int, laps: tuple[list[float], list[float]]) -> dict[str, Any]:
+    """Tokens a second of each run, by wall clock and by CPU time."""
+    found: dict[str, Any] = {}
+    for name, seconds in zip(("per_s", "per_cpu_s"), laps, strict=True):
+        values = [tokens / s for s in seconds]
+        found[name] = {
+            "median": statistics.median(values), "min": min(values), "max": max(values),
+            "n": len(values),
+        }  # fmt: skip
+        found[f"total_{name}"] = tokens * len(seconds) / sum(seconds)
+    return found
+
+
+def _emit(**fields: Any) -> None:
+    def short(x: Any) -> Any:
+        if isinstance(x, dict):
+            return {key: short(value) for key, value in x.items()}
+        return float(f"{x:.5g}") if isinstance(x, float) else x
+
+    print(json.dumps(short(fields)), flush=True)
 
 
 if __name__ == "__main__":

@@ -66,7 +66,8 @@ class PythonInterpreter:
         limits = Limits(address_space_bytes=memory_mb * MIB)
         limits = dataclasses.replace(limits, cpu_seconds=max(limits.cpu_seconds, int(16 * timeout)))
         self.servers = _Servers(preload, limits, sandbox)
-        self.pool = ThreadPoolExecutor(workers or 2 * (os.cpu_count() or 1), "tool")
+        self.workers = workers or 2 * (os.cpu_count() or 1)
+        self.pool = ThreadPoolExecutor(self.workers, "tool")
         self.timeout, self.semantics = timeout, semantics
         self.cache: dict[tuple[str, ...], Observation] | None = {} if cache else None
         self.checks = Checks(check_determinism)

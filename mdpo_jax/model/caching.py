@@ -92,6 +92,46 @@ def append(
     return Attended(keys, values, places), written
 
 
+def narrow(cache: Cache, length: int) -> Cache:
+    """The first `length` slots of each layer: all there is of rows that hold no more tokens."""
+    return tuple(
+        {"keys": layer["keys"][..., :length], "values": layer["values"][:, :, :length]}
+        for layer in cache
+    )
+
+
+def take(cache: Cache, rows: Int[Array, " taken"], length: int) -> Cache:
+    """The first `length` slots of some rows; a row past the end reads the last one."""
+    return jax.tree.map(lambda x: jnp.take(x, rows, axis=0, mode="clip"), narrow(cache, length))
+
+
+def put(cache: Cache, rows: Int[Array, " given"], part: Cache) -> Cache:
+    """`part` written over the first slots of `rows`; a row past the end is dropped.
+
+    Slots beyond the part's keep what they hold.
+    """
+
+    def one(layer: Layer, given: Layer) -> Layer:
+        n = given["values"].shape[2]
+        return {
+            "keys": layer["keys"].at[rows, :, :, :n].set(given["keys"], mode="drop"),
+            "values": layer["values"].at[rows, :, :n].set(given["values"], mode="drop"),
+        }
+
+    return tuple(one(*both) for both in zip(cache, part, strict=True))
+
+
+def widen(cache: Cache, part: Cache) -> Cache:
+    """The inverse of `narrow`: `part` in the place of the first slots."""
+
+    def one(whole: jax.Array, given: jax.Array) -> jax.Array:
+        if whole.shape == given.shape:
+            return given
+        return jax.lax.dynamic_update_slice(whole, given, (0, 0, 0, 0))
+
+    return jax.tree.map(one, cache, part)
+
+
 def _write(
     layer: Layer, k_RTGK: jax.Array, v_RTGK: jax.Array, span: Span, slots_RT: jax.Array,
     kept: Any = True,

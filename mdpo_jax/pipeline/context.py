@@ -27,7 +27,9 @@ from mdpo_jax.model.policy import Policy, load_policy
 from mdpo_jax.pipeline.files import stage
 from mdpo_jax.pipeline.parameters import Adapters, Parameters
 from mdpo_jax.rollout.engine import Engine, Limits
-from mdpo_jax.rollout.sampler import Sampler, Shapes
+from mdpo_jax.rollout.sampler import Sampler
+from mdpo_jax.rollout.sampling import Sampling
+from mdpo_jax.rollout.shapes import Shapes
 from mdpo_jax.training.losses import Forward
 from mdpo_jax.training.state import Optimiser
 from mdpo_jax.training.trainer import Trainer
@@ -162,7 +164,24 @@ class Context:
     @functools.cached_property
     def engine(self) -> Engine:
         """The multi-turn loop over the sampler and the tool."""
-        return Engine(self.sampler, self.chat, self.tool, self.limits)
+        return Engine(
+            self.sampler, self.chat, self.tool, self.limits, patience=self.patience,
+            collect=self.config.rollout.collect,
+        )  # fmt: skip
+
+    @property
+    def patience(self) -> float:
+        """Seconds after which a tool call is given up, far beyond what one in order takes.
+
+        2 * tool.timeout for each call of another slot that may be served first, and for each action
+        of the trajectory that may have to run again; and half a minute.
+        """
+        before = -(-self.config.rollout.slots // self.interpreter.workers)
+        return 2 * (before + self.limits.max_turns) * self.config.tool.timeout + 30
+
+    def sampling(self, temperature: float) -> Sampling:
+        """At a temperature, cut as the rollouts are."""
+        return Sampling(temperature, self.config.rollout.top_k, self.config.rollout.top_p)
 
     def trainer(self, *, sft: bool = False) -> Trainer:
         """The trainer with the preference step's, or the warm-up's, optimiser."""

@@ -33,6 +33,7 @@ from mdpo_jax.pipeline.outcomes import Outcomes, shown
 from mdpo_jax.reporting.console import progress
 from mdpo_jax.reporting.scores import TOO_LONG, compared, scored
 from mdpo_jax.rollout.engine import Engine, Request
+from mdpo_jax.rollout.sampling import GREEDY, Sampling
 from mdpo_jax.types import Problem, Trajectory
 
 CLAIM, TRAJECTORIES = "evaluation.json", "trajectories.jsonl"
@@ -92,12 +93,12 @@ def _sample_all(
         engine = context.engine
     else:
         engine = Engine(context.sampler, context.chat, None, context.limits)
-    for decoding, samples, temperature in (
-        ("greedy", 1, 0.0),
-        ("sampled", asked.samples, asked.temperature),
+    for decoding, samples, sampling in (
+        ("greedy", 1, GREEDY),
+        ("sampled", asked.samples, context.sampling(asked.temperature)),
     ):
         requests = _requests(context, asked, fitting, outcomes, decoding, samples)
-        _sample(context, engine, requests, outcomes, decoding, temperature)
+        _sample(context, engine, requests, outcomes, decoding, sampling)
     first = shown(out / TRAJECTORIES, fitting, context.chat, context.config.evaluate.shown)
     files.write_json(out / summary.SHOWN, first)
 
@@ -128,7 +129,7 @@ def _requests(
 
 def _sample(
     context: Context, engine: Engine, requests: Sequence[Request], outcomes: Outcomes,
-    decoding: str, temperature: float,
+    decoding: str, sampling: Sampling,
 ) -> None:  # fmt: skip
     """Sample, grade by a few threads beside the decoding, and keep each as soon as it is graded."""
     if not requests:
@@ -145,11 +146,11 @@ def _sample(
     ):
         kept = outcomes.count(decoding)
         tell(text=f"{kept} were there" if kept else None)
-        for place, trajectory in engine.stream(requests, policy=decoding, temperature=temperature):
+        for place, trajectory in engine.stream(requests, policy=decoding, sampling=sampling):
             jobs.append(pool.submit(keep, requests[place].problem, trajectory))
             while jobs and (jobs[0].done() or len(jobs) > _QUEUED):
                 jobs.popleft().result()
-            tell(1)
+            tell(1, text=engine.live())
         for job in jobs:
             job.result()
 

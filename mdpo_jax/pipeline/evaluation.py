@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -14,18 +14,27 @@ from mdpo_jax.data.store import Graded, graded_from, graded_row, read_lines, wri
 from mdpo_jax.pipeline.context import Context
 from mdpo_jax.reporting.metrics import pass_at_k, wilson_interval
 from mdpo_jax.rollout.engine import Request
+from mdpo_jax.rollout.sampling import GREEDY, Sampling
 from mdpo_jax.types import ACTION_PARTS, Part, Problem, Role, Trajectory, Verdict
 
-Advance = Callable[[int], None]
+
+class Advance(Protocol):
+    """Tells how much of a stage is done, and what is to be said beside it."""
+
+    def __call__(self, count: int, text: str | None = None) -> None: ...
+
+
+def _silent(count: int, text: str | None = None) -> None:
+    pass
 
 
 def sample(
     context: Context, problems: Sequence[Problem], *, samples: range, stream: str, policy: str,
-    temperature: float, advance: Advance = lambda done: None,
+    sampling: Sampling, advance: Callable[[int], None] = lambda done: None,
 ) -> list[Graded]:  # fmt: skip
     """Trajectories of the loaded policy with their verdicts, by problem and then by sample."""
     requests = [Request(p, s, f"{context.config.seed}/{stream}") for p in problems for s in samples]
-    found = context.engine.run(requests, policy=policy, temperature=temperature, advance=advance)
+    found = context.engine.run(requests, policy=policy, sampling=sampling, advance=advance)
     golds = {p.id: p.answer for p in problems}
     return [Graded(t, verdict(context, golds[t.problem_id], t)) for t in found]
 
@@ -39,7 +48,7 @@ def verdict(context: Context, gold: str, trajectory: Trajectory) -> Verdict:
 
 def evaluate(
     context: Context, folder: Path, params: Any, problems: Sequence[Problem], *, split: str,
-    policy: str, reference: Any = None, pass_k: bool = False, advance: Advance = lambda done: None,
+    policy: str, reference: Any = None, pass_k: bool = False, advance: Advance = _silent,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Rows of results.json for one policy on one split; trajectories are kept in `folder`.
 
@@ -47,20 +56,21 @@ def evaluate(
     """
     settings = context.config.evaluate
     context.sampler.load(params)
+    sampled = context.sampling(settings.temperature)
     runs = {
-        "greedy": (problems, range(1), 0.0),
-        "sampled": (problems, range(1), settings.temperature),
+        "greedy": (problems, range(1), GREEDY),
+        "sampled": (problems, range(1), sampled),
     }
     if pass_k:
         extra = range(1, settings.pass_samples)
-        runs["more"] = (problems[: settings.pass_problems], extra, settings.temperature)
+        runs["more"] = (problems[: settings.pass_problems], extra, sampled)
     graded: dict[str, list[Graded]] = {}
-    for name, (some, samples, temperature) in runs.items():
+    for name, (some, samples, sampling) in runs.items():
         path = folder / f"{split}-{name}.jsonl.gz"
         if not path.exists():
             found = sample(
                 context, some, samples=samples, stream=f"evaluate/{split}", policy=policy,
-                temperature=temperature, advance=advance,
+                sampling=sampling, advance=advance,
             )  # fmt: skip
             write_lines(path, map(graded_row, found))
         graded[name] = [graded_from(row) for row in read_lines(path)]
@@ -68,7 +78,7 @@ def evaluate(
     if pass_k:
         first = graded["sampled"][: settings.pass_problems]
         rows[1] |= _pass_figures(first, graded["more"], settings.pass_samples)
-    if reference is not None and settings.temperature == 1:  # else the samples are not the policy's
+    if reference is not None and sampled.of_the_policy:
         rows[1] |= kl_estimate(context, [g.trajectory for g in graded["sampled"]], reference)
     return rows
 

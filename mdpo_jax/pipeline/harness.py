@@ -101,6 +101,8 @@ def harness(context: Context, asked: Asked, suites: Sequence[Suite]) -> dict[str
             "greedy": {"samples": 1, "temperature": 0.0},
             "samples": asked.samples,
             "temperature": asked.temperature if asked.samples else None,
+            "top_k": config.rollout.top_k if asked.samples else None,
+            "top_p": config.rollout.top_p if asked.samples else None,
             "seed": config.seed,
         },
         "dtype": {"stored": config.model.param_dtype, "decoding": config.rollout.decode_dtype},
@@ -123,7 +125,7 @@ def comparable(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     """Differences in harness of two results, `field: a's -> b's`; none: they may be compared.
 
     No difference are: which policy was evaluated, the seed, how many samples (pass@k and maj@k are
-    unbiased for any number), the temperature where only one has samples, suites that only one has,
+    unbiased for any number), how they are drawn where only one has them, suites that only one has,
     and the file of problems that are the same.
     """
     left, right = (_comparable(of["harness"], other["harness"]) for of, other in ((a, b), (b, a)))
@@ -147,7 +149,8 @@ def content(problems: Sequence[Problem]) -> str:
 def _comparable(harness: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     sampling = {k: v for k, v in harness["sampling"].items() if k not in ("samples", "seed")}
     if not harness["sampling"]["samples"] or not other["sampling"]["samples"]:
-        del sampling["temperature"]
+        for name in ("temperature", "top_k", "top_p"):
+            sampling.pop(name, None)
     data = {
         name: {k: v for k, v in suite.items() if k != "file_sha256"}
         for name, suite in harness["data"].items()

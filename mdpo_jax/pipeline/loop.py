@@ -174,10 +174,10 @@ def _timed(context: Context, what: str, total: int | None) -> Iterator[Advance]:
     start, done = time.monotonic(), 0
     with progress(what, total) as tell:
 
-        def advance(count: int) -> None:
+        def advance(count: int, text: str | None = None) -> None:
             nonlocal done
             done += count
-            tell(count)
+            tell(count, text=text)
 
         yield advance
     if done:

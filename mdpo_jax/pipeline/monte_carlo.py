@@ -30,6 +30,7 @@ from mdpo_jax.pipeline.context import Context
 from mdpo_jax.pipeline.evaluation import Advance, verdict
 from mdpo_jax.pipeline.reference import PAIRS
 from mdpo_jax.rollout.engine import Prefix, Request
+from mdpo_jax.rollout.sampling import Sampling
 from mdpo_jax.types import Problem, Trajectory
 
 TERM_C = "term_c"
@@ -178,8 +179,8 @@ def _values(
     ]
     if not going:
         return dict.fromkeys(states, 0.0)
-    # At temperature 1, whatever the rollouts': V is of the policy itself.
-    found = context.engine.run(requests, policy="term-c", temperature=1.0, advance=advance)
+    # The policy's own samples, whatever the rollouts': V is of the policy itself.
+    found = context.engine.run(requests, policy="term-c", sampling=Sampling(), advance=advance)
     right = [verdict(context, problems[t.problem_id].answer, t).correct for t in found]
     utility = settings.utility * np.asarray(right, np.float32).reshape(len(going), count)
     values = np.asarray(soft_value(jnp.asarray(utility), eta=context.config.train.eta)).tolist()

@@ -197,7 +197,12 @@ def rollout(
     problems = read_problems(context, f"iteration-{iteration}")
     size = context.config.rollout.chunk_problems
     first, labels, statuses = 0, Counter[str](), Counter[str]()
-    before_us = context.interpreter.rechecks()
+    before_us, active = context.interpreter.rechecks(), context.engine.activity.copy()
+
+    def tell(done: int) -> None:
+        share = f", correct {labels['correct'] / labels.total():.0%}" if labels else ""
+        advance(done, context.engine.live() + share)
+
     for path, count in sources:
         loaded = False
         for start in range(0, len(problems), size) if count else ():
@@ -210,14 +215,14 @@ def rollout(
                 found = sample(
                     context, chunk, samples=range(first, first + count),
                     stream=f"iteration-{iteration}", policy=str(path.relative_to(context.directory)),
-                    temperature=context.config.rollout.temperature,
+                    sampling=context.sampling(context.config.rollout.temperature), advance=tell,
                 )  # fmt: skip
                 store.write_lines(target, map(store.graded_row, found))
-            before = labels.total()
+            else:
+                advance(len(chunk) * count)
             for row in store.read_lines(target):
                 labels[row["label"]] += 1
                 statuses.update(row["tool_statuses"])
-            advance(labels.total() - before)
         first += count
     # These mean that the machine, not the code, may have been slow.
     lost = statuses["timeout"] + statuses["killed"]
@@ -230,6 +235,7 @@ def rollout(
         "trajectories": labels.total(),
         "correct": labels["correct"] / max(1, labels.total()),
         "statuses": dict(sorted(statuses.items())),
+        "activity": (context.engine.activity - active).report(),
         "compilations": context.sampler.compilations(),
         "compilations_after_warm_up": context.sampler.late_compilations(),
     }

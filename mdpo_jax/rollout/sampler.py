@@ -1,38 +1,45 @@
-"""Jitted sampling over one preallocated cache: extend some slots, decode a block on all of them.
+"""Jitted sampling over one preallocated cache: prefill, extend or copy slots, decode a block on all.
 
     slot 0 | prompt ......... action ..... observation . action ..      |  lengths[0] tokens held
     slot 1 | prompt .... action .....                                   |  lengths[1]
 
-Both functions take fixed shapes (rows and widths of `extend` are bucketed), so nothing compiles
-after warm-up.  The randomness of a token depends on its trajectory's key and its position alone.
+Every function takes fixed shapes (shapes.py), so nothing compiles after warm-up.  The randomness of
+a token depends on its trajectory's key and its position alone.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
 
-from mdpo_jax.model import lora, transformer
+from mdpo_jax.model import caching, lora, transformer
 from mdpo_jax.model.families import ModelConfig
+from mdpo_jax.rollout.sampling import GREEDY, Sampling, draw
+from mdpo_jax.rollout.shapes import Shapes
 
-LONGEST_STOP = 32  # bytes of a stop string, and so tokens
+# Tokens whose computation takes as long as reading the weights for a call of its own does.
+_OVERHEAD = {"cpu": 16}
+_OVERHEAD_ELSEWHERE = 256
+
+_Seed = tuple[int, int]
 
 
 class DecodeState(NamedTuple):
     """The device's side of the slots; R slots, V vocabulary.
 
     cache: see transformer.init_cache.  logits [R V] float32: of each slot's next token.
+    first_logits [R V] float32: those after the tokens that it began with, for `copy`.
     lengths [R] int32: tokens in the cache.  keys [R]: the random key of each slot's trajectory.
     """
 
     cache: Any
     logits: jax.Array
+    first_logits: jax.Array
     lengths: jax.Array
     keys: jax.Array
 
@@ -45,45 +52,28 @@ class Block(NamedTuple):
     counts: np.ndarray
 
 
-@dataclasses.dataclass(frozen=True)
-class Shapes:
-    """Static sizes: slots, cache length, block, and the buckets that `extend` rounds up to."""
-
-    slots: int
-    context: int
-    block: int
-    row_buckets: tuple[int, ...]
-    width_buckets: tuple[int, ...]
-
-    @property
-    def slack(self) -> int:
-        """Tokens that a stop string takes back at most: a block, and those the string began in."""
-        return self.block + LONGEST_STOP
-
-    @classmethod
-    def make(cls, slots: int, context: int, block: int) -> Shapes:
-        """Powers of four for rows, of two for widths, up to the whole."""
-        rows = {slots, *(4**i for i in range(1, 12) if 4**i < slots)}
-        widths = {context, *(2**i for i in range(5, 20) if 2**i < context)}
-        return cls(slots, context, block, tuple(sorted(rows)), tuple(sorted(widths)))
-
-
 class Sampler:
-    """The sampling policy on the device.  `load` changes its weights without compiling anew."""
+    """The sampling policy on the device.  `load` changes its weights without compiling anew.
+
+    tokens_prefilled, tokens_copied, tokens_decoded: read by the model, copied from another slot, and
+    sampled, since it was made.
+    """
 
     def __init__(self, config: ModelConfig, shapes: Shapes, stop_ids: tuple[int, ...], dtype: str):
         self.config, self.shapes, self.stop_ids = config, shapes, stop_ids
         self._dtype = jnp.dtype(dtype)
         self._params: Any = None
+        self._overhead = _OVERHEAD.get(jax.default_backend(), _OVERHEAD_ELSEWHERE)
         self._unstack = jax.jit(functools.partial(_unstack, self._dtype))
-        self._extend = jax.jit(functools.partial(_extend, config, self._dtype), donate_argnums=(1,))
-        self._decode = jax.jit(
-            functools.partial(_decode, config, self._dtype, shapes.block, stop_ids),
-            donate_argnums=(1,),
-        )
-        self.tokens_prefilled = 0
-        self.tokens_decoded = 0
-        self._warm: set[tuple[int, int]] = set()
+        model = config, self._dtype
+        prefill = functools.partial(_prefill, *model, shapes.slack)
+        self._prefill = jax.jit(prefill, donate_argnums=1)
+        self._extend = jax.jit(functools.partial(_extend, *model), donate_argnums=1)
+        self._copy = jax.jit(_copy, static_argnums=0, donate_argnums=1)
+        decode = functools.partial(_decode, *model, shapes.block, stop_ids)
+        self._decode = jax.jit(decode, static_argnums=0, donate_argnums=2)
+        self.tokens_prefilled = self.tokens_copied = self.tokens_decoded = 0
+        self._warm: set[tuple[str, int, int]] = set()
         self._expected = 0
 
     def load(self, params: Any) -> None:
@@ -96,65 +86,109 @@ class Sampler:
     def start(self) -> DecodeState:
         """Empty slots."""
         s = self.shapes
+        logits = jnp.zeros((s.slots, self.config.vocab_size), jnp.float32)
         return DecodeState(
             transformer.init_cache(self.config, s.slots, s.context, self._dtype, s.slack),
-            jnp.zeros((s.slots, self.config.vocab_size), jnp.float32),
+            logits,
+            jnp.zeros_like(logits),
             jnp.zeros(s.slots, jnp.int32),
             jax.random.split(jax.random.key(0), s.slots),
         )
 
-    def extend(
-        self, state: DecodeState, slots: list[int], ids: list[list[int]], lengths: list[int],
-        seeds: list[tuple[int, int]],
-    ) -> DecodeState:  # fmt: skip
-        """Append new tokens to some slots: a prompt at length 0, or an observation further on."""
+    @property
+    def remembered(self) -> int:
+        """Tokens that every layer still holds the first of; layers with a window hold a ring."""
         s = self.shapes
-        longest = max(map(len, ids))
-        rows = next(b for b in s.row_buckets if b >= len(slots))
-        width = next(b for b in s.width_buckets if b >= longest)
-        tokens = np.zeros((rows, width), np.int32)
+        windows = [self.config.kind(i).window for i in range(self.config.num_layers)]
+        return min(s.context if w is None else min(s.context, w + s.slack) for w in windows)
+
+    def extend(
+        self, state: DecodeState, slots: Sequence[int], ids: Sequence[Sequence[int]],
+        lengths: Sequence[int], seeds: Sequence[_Seed],
+    ) -> DecodeState:  # fmt: skip
+        """Append new tokens to some slots: a beginning at length 0, or an observation further on."""
+        for call, fresh in ((self._prefill, True), (self._extend, False)):
+            some = [i for i, length in enumerate(lengths) if (length == 0) == fresh]
+            for group in self.shapes.groups([len(ids[i]) for i in some], self._overhead):
+                rows = [some[i] for i in group]
+                arrays = self._padded(rows, slots, ids, lengths, seeds)
+                state = call(self._params, state, *arrays)
+        self.tokens_prefilled += sum(map(len, ids))
+        return state
+
+    def _padded(self, rows, slots, ids, lengths, seeds) -> tuple[np.ndarray, ...]:
+        """tokens, where, held, new and seeds of a call."""
+        s = self.shapes
+        count = s.rows(len(rows))
+        tokens = np.zeros((count, s.width(max(len(ids[i]) for i in rows))), np.int32)
         # Padding rows point past the last slot: their reads clip and their writes are dropped.
-        where, held, new = np.full(rows, s.slots, np.int32), *np.zeros((2, rows), np.int32)
-        words = np.zeros((rows, 2), np.uint32)
-        for r, slot in enumerate(slots):
-            tokens[r, : len(ids[r])] = ids[r]
-            where[r], held[r], new[r], words[r] = slot, lengths[r], len(ids[r]), seeds[r]
-        self.tokens_prefilled += int(new.sum())
-        return self._extend(self._params, state, tokens, where, held, new, words)
+        where, held, new = np.full(count, s.slots, np.int32), *np.zeros((2, count), np.int32)
+        words = np.zeros((count, 2), np.uint32)
+        for r, i in enumerate(rows):
+            tokens[r, : len(ids[i])] = ids[i]
+            where[r], held[r], new[r], words[r] = slots[i], lengths[i], len(ids[i]), seeds[i]
+        return tokens, where, held, new, words
+
+    def copy(
+        self, state: DecodeState, pairs: Sequence[tuple[int, int]], lengths: Sequence[int],
+        seeds: Sequence[_Seed],
+    ) -> DecodeState:  # fmt: skip
+        """Begin slots as others began: (from, to) each, `lengths` tokens; all are read first.
+
+        A slot that is copied from may have gone on, up to `remembered` tokens.
+        """
+        s = self.shapes
+        count = s.rows(len(pairs))
+        places, held = np.full((count, 2), s.slots, np.int32), np.zeros(count, np.int32)
+        words = np.zeros((count, 2), np.uint32)
+        places[: len(pairs)], held[: len(pairs)], words[: len(pairs)] = pairs, lengths, seeds
+        self.tokens_copied += sum(lengths)
+        return self._copy(s.width(max(lengths)), state, *places.T, held, words)
 
     def decode(
-        self, state: DecodeState, limits: np.ndarray, temperature: float
+        self, state: DecodeState, lengths: np.ndarray, limits: np.ndarray, sampling: Sampling
     ) -> tuple[DecodeState, Block]:
         """Up to one block of tokens for each slot; `limits` [R] is how many it may emit, 0 = idle.
 
-        A slot stops after a stop id or at its limit.
+        lengths [R]: tokens that the running slots hold.  A slot stops after a stop id or at its
+        limit.
         """
-        state, ids, log_probs, counts = self._decode(
-            self._params, state, np.asarray(limits, np.int32), np.float32(temperature)
-        )
-        block = Block(*(np.asarray(x) for x in (ids, log_probs, counts)))
+        ends = np.where(limits > 0, lengths + np.minimum(limits, self.shapes.block), 0)
+        reach = self.shapes.reach(int(ends.max()))
+        limits = np.asarray(limits, np.int32)
+        state, *out = self._decode(reach, self._params, state, limits, _traced(sampling))
+        block = Block(*map(np.asarray, out))
         self.tokens_decoded += int(block.counts.sum())
         return state, block
 
-    def warm_up(self, state: DecodeState, longest: int) -> DecodeState:
-        """Compile what extensions of up to `longest` tokens a row can need; returns the state.
+    def warm_up(self, state: DecodeState, longest: int, observation: int) -> DecodeState:
+        """Compile what beginnings of up to `longest` tokens, and observations, can need.
 
         Every row of these calls is padding, so the slots keep what they hold.
         """
         s = self.shapes
-        widest = next((b for b in s.width_buckets if b >= longest), s.context)
-        for rows in s.row_buckets:
-            for width in s.width_buckets[: s.width_buckets.index(widest) + 1]:
-                if (rows, width) not in self._warm:
-                    self._warm.add((rows, width))
-                    nothing = np.zeros((2, rows), np.int32)
-                    state = self._extend(
-                        self._params, state, np.zeros((rows, width), np.int32),
-                        np.full(rows, s.slots, np.int32), *nothing, np.zeros((rows, 2), np.uint32),
-                    )  # fmt: skip
-        state, _ = self.decode(state, np.zeros(s.slots, np.int32), 0.0)
+        for name, most in (("prefill", longest), ("copy", longest), ("extend", observation)):
+            widths = [b for b in s.width_buckets if b <= s.width(most)]
+            for rows, width in ((r, w) for r in s.row_buckets for w in widths):
+                if (name, rows, width) not in self._warm:
+                    self._warm.add((name, rows, width))
+                    state = self._nothing(name, state, rows, width)
+        for reach in s.reaches:
+            if ("decode", s.slots, reach) not in self._warm:
+                self._warm.add(("decode", s.slots, reach))
+                none = np.zeros(s.slots, np.int32)
+                state, *_ = self._decode(reach, self._params, state, none, _traced(GREEDY))
         self._expected = self.compilations()
         return state
+
+    def _nothing(self, name: str, state: DecodeState, rows: int, width: int) -> DecodeState:
+        nowhere, none = np.full(rows, self.shapes.slots, np.int32), np.zeros(rows, np.int32)
+        words = np.zeros((rows, 2), np.uint32)
+        if name == "copy":
+            return self._copy(width, state, nowhere, nowhere, none, words)
+        call = self._prefill if name == "prefill" else self._extend
+        tokens = np.zeros((rows, width), np.int32)
+        return call(self._params, state, tokens, nowhere, none, none, words)
 
     def late_compilations(self) -> int:
         """How many programs were compiled after the last warm-up: 0, or a shape was missed."""
@@ -162,8 +196,14 @@ class Sampler:
 
     def compilations(self) -> int:
         """How many programs this sampler has compiled."""
-        programs = (self._extend, self._decode, self._unstack)
+        programs = (self._prefill, self._extend, self._copy, self._decode, self._unstack)
         return sum(f._cache_size() for f in programs)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _traced(sampling: Sampling) -> Any:
+    kinds = (np.float32, np.int32, np.float32)
+    values: Any = [kind(x) for kind, x in zip(kinds, sampling, strict=True)]
+    return Sampling(*values)
 
 
 def _unstack(dtype, params):
@@ -172,28 +212,64 @@ def _unstack(dtype, params):
     return jax.tree.map(lambda x: x.astype(dtype), apart)
 
 
+def _prefill(config, dtype, slack, params, state, tokens_RT, where_R, held_R, new_R, words_R2):
+    """Rows that begin: they see themselves alone, in a cache as long as they are."""
+    rows, width = tokens_RT.shape
+    cache = transformer.init_cache(config, rows, width, dtype, slack)
+    state, logits_RV = _appended(
+        config, dtype, params, state, cache, tokens_RT, where_R, held_R, new_R, words_R2
+    )
+    return state._replace(first_logits=_put(state.first_logits, where_R, logits_RV))
+
+
 def _extend(config, dtype, params, state, tokens_RT, where_R, held_R, new_R, words_R2):
-    """Gather the slots' cache rows, append, scatter them back; sets logits, lengths and keys."""
-    rows = jax.tree.map(lambda c: jnp.take(c, where_R, axis=0, mode="clip"), state.cache)
-    hidden_RTD, rows = transformer.extend(
-        config, params, rows, tokens_RT, held_R, new_R, dtype=dtype
+    """Rows that go on: gathered, appended to, scattered back."""
+    cache = jax.tree.map(lambda c: jnp.take(c, where_R, axis=0, mode="clip"), state.cache)
+    return _appended(
+        config, dtype, params, state, cache, tokens_RT, where_R, held_R, new_R, words_R2
+    )[0]
+
+
+def _appended(
+    config, dtype, params, state, cache, tokens_RT, where_R, held_R, new_R, words_R2
+):  # fmt: skip
+    """The state with tokens appended to `cache` and put in its place; and the last logits."""
+    hidden_RTD, cache = transformer.extend(
+        config, params, cache, tokens_RT, held_R, new_R, dtype=dtype
     )
     last = jnp.maximum(new_R - 1, 0)[:, None, None]
     final_RD = jnp.take_along_axis(hidden_RTD, last, axis=1)[:, 0]
+    logits_RV = transformer.logits(config, params, final_RD)
+    state = state._replace(
+        cache=caching.put(state.cache, where_R, cache),
+        logits=_put(state.logits, where_R, logits_RV),
+        lengths=_put(state.lengths, where_R, held_R + new_R),
+        keys=_put(state.keys, where_R, jax.random.wrap_key_data(words_R2)),
+    )
+    return state, logits_RV
 
-    def put(array, values):
-        return array.at[where_R].set(values, mode="drop")
 
+def _copy(width, state, from_R, to_R, lengths_R, words_R2):
+    """Everything that a slot began with, to other slots."""
+    first_RV = jnp.take(state.first_logits, from_R, axis=0, mode="clip")
     return DecodeState(
-        jax.tree.map(put, state.cache, rows),
-        put(state.logits, transformer.logits(config, params, final_RD)),
-        put(state.lengths, held_R + new_R),
-        put(state.keys, jax.random.wrap_key_data(words_R2)),
+        caching.put(state.cache, to_R, caching.take(state.cache, from_R, width)),
+        _put(state.logits, to_R, first_RV),
+        _put(state.first_logits, to_R, first_RV),
+        _put(state.lengths, to_R, lengths_R),
+        _put(state.keys, to_R, jax.random.wrap_key_data(words_R2)),
     )
 
 
-def _decode(config, dtype, block, stop_ids, params, state, limits_R, temperature):
-    """At most `block` steps; leaves early when every slot has stopped."""
+def _put(array, where_R, values):
+    return array.at[where_R].set(values, mode="drop")
+
+
+def _decode(config, dtype, block, stop_ids, reach, params, state, limits_R, sampling):
+    """At most `block` steps; leaves early when every slot has stopped.
+
+    Steps work on a copy of the first `reach` slots of the cache, where that is not all of it.
+    """
     slots = limits_R.shape[0]
     stops = jnp.asarray(stop_ids, jnp.int32)
 
@@ -203,52 +279,29 @@ def _decode(config, dtype, block, stop_ids, params, state, limits_R, temperature
         return (step < block) & jnp.any(alive)
 
     def body(carry):
-        step, state, ids, log_probs, counts, alive = carry
-        token, log_prob = _sample(state, temperature)
+        step, (cache, logits, lengths), ids, log_probs, counts, alive = carry
+        token, log_prob = draw(logits, jax.vmap(jax.random.fold_in)(state.keys, lengths), sampling)
         ids = ids.at[:, step].set(jnp.where(alive, token, 0))
         log_probs = log_probs.at[:, step].set(jnp.where(alive, log_prob, 0.0))
         counts += alive
         hidden_R1D, cache = transformer.extend(
-            config, params, state.cache, token[:, None], state.lengths,
-            alive.astype(jnp.int32), dtype=dtype,
-        )  # fmt: skip
-        logits = transformer.logits(config, params, hidden_R1D[:, 0])
-        state = DecodeState(
-            cache,
-            jnp.where(alive[:, None], logits, state.logits),
-            state.lengths + alive,
-            state.keys,
+            config, params, cache, token[:, None], lengths, alive.astype(jnp.int32), dtype=dtype
         )
+        new = transformer.logits(config, params, hidden_R1D[:, 0])
+        held = cache, jnp.where(alive[:, None], new, logits), lengths + alive
         alive &= ~jnp.isin(token, stops) & (counts < limits_R)
-        return step + 1, state, ids, log_probs, counts, alive
+        return step + 1, held, ids, log_probs, counts, alive
 
     start = (
         0,
-        state,
+        (caching.narrow(state.cache, reach), state.logits, state.lengths),
         jnp.zeros((slots, block), jnp.int32),
         jnp.zeros((slots, block), jnp.float32),
         jnp.zeros(slots, jnp.int32),
         limits_R > 0,
     )
-    _, state, ids, log_probs, counts, _ = jax.lax.while_loop(running, body, start)
+    _, held, ids, log_probs, counts, _ = jax.lax.while_loop(running, body, start)
+    cache, logits, lengths = held
+    cache = caching.widen(state.cache, cache)
+    state = state._replace(cache=cache, logits=logits, lengths=lengths)
     return state, ids, log_probs, counts
-
-
-def _sample(
-    state: DecodeState, temperature: Float[Array, ""]
-) -> tuple[Int[Array, " slots"], Float[Array, " slots"]]:
-    """One token a slot and its untempered log-prob; temperature 0 is greedy.
-
-    Inverse-CDF sampling: one uniform a slot, where the Gumbel trick would draw one a vocabulary
-    entry (256,000 for Gemma).
-    """
-    log_probs = jax.nn.log_softmax(state.logits, axis=-1)
-    keys = jax.vmap(jax.random.fold_in)(state.keys, state.lengths)
-    uniform = jax.vmap(lambda key: jax.random.uniform(key))(keys)
-    tempered = jax.nn.softmax(state.logits / jnp.maximum(temperature, 1e-6), axis=-1)
-    mass = jnp.cumsum(tempered, axis=-1)
-    # Scaling by the last entry keeps rounding in the sum from pushing a draw past the end.
-    drawn = jnp.sum(mass <= uniform[:, None] * mass[:, -1:], axis=-1)
-    drawn = jnp.minimum(drawn, log_probs.shape[-1] - 1)
-    token = jnp.where(temperature > 0, drawn, jnp.argmax(state.logits, axis=-1)).astype(jnp.int32)
-    return token, jnp.take_along_axis(log_probs, token[:, None], axis=-1)[:, 0]

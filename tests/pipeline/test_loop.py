@@ -50,6 +50,17 @@ def test_results_hold_what_others_script_against(finished):
     assert {(0, "greedy"), (0, "sampled"), (2, "greedy"), (2, "sampled")} <= test
 
 
+def test_a_rollout_says_what_its_engine_did(finished):
+    for t in (1, 2):
+        done = json.loads((finished / f"iteration-{t}" / "rollout" / "done.json").read_text())
+        activity = done["activity"]
+        assert activity["tokens_prefilled"] > activity["tokens_copied"] > 0
+        assert activity["tokens_per_second"] > 0
+        assert 0 < activity["mean_slots_busy"] <= 8
+        assert 0 <= activity["tool_overlap"] <= 1
+        assert activity["stuck_calls"] == 0
+
+
 def test_no_iteration_compiles_the_step_or_the_sampler_again(finished):
     steps = [
         json.loads((finished / f"iteration-{t}" / "train" / "done.json").read_text())

@@ -394,7 +394,7 @@ def test_monte_carlo_weighs_the_states_that_could_have_come(run, monkeypatch):
     seen = []
 
     class Engine:
-        def run(self, requests, policy, temperature, advance):
+        def run(self, requests, policy, sampling, advance):
             found = []
             for request in requests:
                 last = np.flatnonzero(np.array(request.prefix.roles) == Role.OBSERVATION)

@@ -1,5 +1,7 @@
 """Trajectories against a naive loop that computes everything anew for every token."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,9 @@ from support import chat, model_config, params
 from mdpo_jax.environment.tool import Observation
 from mdpo_jax.model import transformer
 from mdpo_jax.rollout.engine import Engine, Limits, Prefix, Request
-from mdpo_jax.rollout.sampler import Sampler, Shapes
+from mdpo_jax.rollout.sampler import Sampler
+from mdpo_jax.rollout.sampling import GREEDY, Sampling
+from mdpo_jax.rollout.shapes import Shapes
 from mdpo_jax.types import Problem, Role
 
 LIMITS = Limits(
@@ -53,11 +57,19 @@ def always_tool(monkeypatch):
     monkeypatch.setattr("mdpo_jax.rollout.engine.wants_tool", lambda text: True)
 
 
-def engine(slots=4, block=5, tool=None):
-    shapes = Shapes.make(slots, LIMITS.context, block)
-    sampler = Sampler(model_config(), shapes, chat().stop_ids, "float32")
+@functools.cache
+def shared_sampler(slots, block, stop_ids):
+    """One a shape for all tests; every engine has slots of its own."""
+    sampler = Sampler(
+        model_config(), Shapes.make(slots, LIMITS.context, block), stop_ids, "float32"
+    )
     sampler.load(params())
-    return Engine(sampler, chat(), tool or EchoTool(), LIMITS), sampler
+    return sampler
+
+
+def engine(slots=4, block=5, tool=None, **options):
+    sampler = shared_sampler(slots, block, tuple(chat().stop_ids))
+    return Engine(sampler, chat(), tool or EchoTool(), LIMITS, **options), sampler
 
 
 def requests(samples=2):
@@ -77,7 +89,7 @@ def next_log_probs(ids):
 
 
 def test_greedy_trajectories_equal_full_recomputation(always_tool):
-    found = engine()[0].run(requests(1), policy="x", temperature=0.0)
+    found = engine()[0].run(requests(1), policy="x", sampling=GREEDY)
     for t in found:
         assert t.turns > 1
         scores = next_log_probs(t.ids)
@@ -90,7 +102,7 @@ def test_greedy_trajectories_equal_full_recomputation(always_tool):
 def test_a_trajectory_goes_on_from_a_prefix_as_it_did(always_tool):
     tool = EchoTool()
     e = engine(tool=tool)[0]
-    whole = e.run(requests(1), policy="x", temperature=0.0)
+    whole = e.run(requests(1), policy="x", sampling=GREEDY)
     again = []
     for request, t in zip(requests(1), whole, strict=True):
         start = t.actions[1].start  # behind the first observation
@@ -98,7 +110,7 @@ def test_a_trajectory_goes_on_from_a_prefix_as_it_did(always_tool):
         prefix = Prefix(tuple(t.ids[:start].tolist()), tuple(t.roles[:start].tolist()), (text,))
         again.append(Request(request.problem, 0, "0/test", prefix))
     before = len(tool.seen)
-    for a, b in zip(whole, e.run(again, policy="x", temperature=0.0), strict=True):
+    for a, b in zip(whole, e.run(again, policy="x", sampling=GREEDY), strict=True):
         np.testing.assert_array_equal(a.ids, b.ids)
         np.testing.assert_array_equal(a.roles, b.roles)
         assert a.finish == b.finish
@@ -113,15 +125,15 @@ def test_a_trajectory_goes_on_from_a_prefix_as_it_did(always_tool):
 
 
 def test_a_trajectory_does_not_depend_on_its_neighbours(always_tool):
-    whole = engine()[0].run(requests(), policy="x", temperature=1.0)
-    few = engine(slots=3, block=4)[0].run(requests()[5:8], policy="x", temperature=1.0)
+    whole = engine()[0].run(requests(), policy="x", sampling=Sampling())
+    few = engine(slots=3, block=4)[0].run(requests()[5:8], policy="x", sampling=Sampling())
     for a, b in zip(whole[5:8], few, strict=True):
         np.testing.assert_array_equal(a.ids, b.ids)
         np.testing.assert_allclose(a.log_probs, b.log_probs, atol=1e-4)
 
 
 def test_a_rerun_repeats_every_bit(always_tool):
-    runs = [engine()[0].run(requests(), policy="x", temperature=1.0) for _ in range(2)]
+    runs = [engine()[0].run(requests(), policy="x", sampling=Sampling()) for _ in range(2)]
     for a, b in zip(*runs, strict=True):
         np.testing.assert_array_equal(a.ids, b.ids)
         np.testing.assert_array_equal(a.log_probs, b.log_probs)
@@ -129,19 +141,28 @@ def test_a_rerun_repeats_every_bit(always_tool):
 
 
 def test_no_program_compiles_after_warm_up_and_nothing_is_prefilled_twice(always_tool):
+    shared_sampler.cache_clear()
     e, sampler = engine()
-    e.run(requests(), policy="x", temperature=1.0)
+    e.run(requests(), policy="x", sampling=Sampling())
     assert sampler.late_compilations() == 0
-    warm, before = sampler.compilations(), sampler.tokens_prefilled
-    found = e.run(requests(), policy="x", temperature=1.0)
+    warm, before = sampler.compilations(), e.activity.copy()
+    found = e.run(requests(), policy="x", sampling=Sampling(0.8, 5, 0.9))
     sampler.load(params())
     assert sampler.compilations() == warm
+    did = e.activity - before
+    # A prompt is read once for both samples of its problem, which begin together here.
+    prompts = [int((t.roles == Role.PROMPT).sum()) for t in found if t.sample == 0]
     given = sum(int((t.roles != Role.ACTION).sum()) for t in found)
-    assert sampler.tokens_prefilled - before == given
+    assert did.copied == sum(prompts)
+    assert did.prefilled == given - sum(prompts)
+    assert did.decoded >= sum(int((t.roles == Role.ACTION).sum()) for t in found)
+    assert did.trajectories == len(found)
+    assert did.calls == sum(t.turns - 1 for t in found)
+    assert not did.stuck
 
 
 def test_limits_and_roles(always_tool):
-    for t in engine()[0].run(requests(), policy="x", temperature=1.0):
+    for t in engine()[0].run(requests(), policy="x", sampling=Sampling()):
         actions = [s.stop - s.start for s in t.actions]
         assert max(actions) <= LIMITS.turn_tokens
         assert sum(actions) <= LIMITS.trajectory_tokens
@@ -152,14 +173,14 @@ def test_limits_and_roles(always_tool):
 
 
 def test_without_code_a_turn_ends_the_trajectory():
-    for t in engine()[0].run(requests(1), policy="x", temperature=1.0):
+    for t in engine()[0].run(requests(1), policy="x", sampling=Sampling()):
         assert t.turns == 1
         assert t.finish in ("answered", "no_code", "token_limit")
 
 
 def test_the_tool_sees_the_text_of_the_action(always_tool):
     tool = EchoTool()
-    found = engine(tool=tool)[0].run(requests(1)[:1], policy="x", temperature=1.0)
+    found = engine(tool=tool)[0].run(requests(1)[:1], policy="x", sampling=Sampling())
     first = found[0].ids[found[0].actions[0]]
     assert tool.seen[0] == ("0/test/p/0#0", chat().decode(first))
 
@@ -167,13 +188,13 @@ def test_the_tool_sees_the_text_of_the_action(always_tool):
 def test_a_prompt_that_does_not_fit_is_named():
     long = Request(Problem("big", "word " * 400, "1"), 0, "s")
     with pytest.raises(ValueError, match=r"'big': \d+ tokens to begin with; rollout.context=160"):
-        engine()[0].run([long], policy="x", temperature=1.0)
+        engine()[0].run([long], policy="x", sampling=Sampling())
 
 
 def test_stop_strings_cut_at_a_tokens_edge(monkeypatch):
     e, _ = engine()
     monkeypatch.setattr(e._chat, "stop_strings", ("a",), raising=False)
-    for t in e.run(requests(1), policy="x", temperature=1.0):
+    for t in e.run(requests(1), policy="x", sampling=Sampling()):
         action = t.ids[t.actions[0]]
         assert "a" not in chat().decode(action[:-1])
 
@@ -187,7 +208,85 @@ def test_what_a_stop_string_cuts_does_not_depend_on_the_blocks(monkeypatch):
     found = []
     for block in (1, 12):
         e, _ = engine(block=block)
-        found.append([t.ids.tolist() for t in e.run(requests(), policy="x", temperature=1.0)])
+        found.append([t.ids.tolist() for t in e.run(requests(), policy="x", sampling=Sampling())])
     assert found[0] == found[1]
     cut = [ids for ids in found[0] if ids[-1] not in stops]
     assert 0 < len(cut) < len(found[0])
+
+
+class SlowTool(EchoTool):
+    """Answers half of the calls from a thread, after a while; `never` names a call it never answers."""
+
+    def __init__(self, seconds=0.05, never=None):
+        super().__init__()
+        self.seconds, self.never = seconds, never
+
+    def start(self, key):
+        return SlowSession(self, key)
+
+
+class SlowSession(EchoSession):
+    calls = 0
+
+    def run(self, action):
+        import threading
+        from concurrent.futures import Future
+
+        self.calls += 1
+        answer = super().run(action)
+        late = Future()
+        if (self.key, self.calls) == self.tool.never:
+            return late
+        if len(action) % 2:
+            return answer
+        timer = threading.Timer(self.tool.seconds, lambda: late.set_result(answer.result()))
+        timer.start()
+        return late
+
+
+@pytest.mark.parametrize("collect", ["fixed", "arrival"])
+def test_what_is_sampled_does_not_depend_on_when_tools_answer(always_tool, collect):
+    before = engine()[0].run(requests(), policy="x", sampling=Sampling())
+    e, _ = engine(tool=SlowTool(), collect=collect)
+    found = e.run(requests(), policy="x", sampling=Sampling())
+    for a, b in zip(before, found, strict=True):
+        np.testing.assert_array_equal(a.ids, b.ids)
+        np.testing.assert_allclose(a.log_probs, b.log_probs, atol=1e-5)
+    assert e.activity.report()["mean_tools_busy"] > 0
+
+
+@pytest.mark.parametrize("collect", ["fixed", "arrival"])
+def test_a_call_that_never_ends_is_an_observation(always_tool, collect):
+    tool = SlowTool(0.0, never=("0/test/p/1#0", 1))
+    e, _ = engine(tool=tool, patience=0.3, collect=collect)
+    found = e.run(requests(1), policy="x", sampling=Sampling())
+    assert [t.problem_id for t in found] == [p.id for p in PROBLEMS]
+    # The session is not asked again, so that every later call of it has timed out as well.
+    assert set(found[1].tool_statuses) == {"timeout"}
+    assert found[1].turns > 1
+    assert e.activity.stuck == 1
+    assert all(set(t.tool_statuses) <= {"ok"} for t in found if t.problem_id != "p/1")
+
+
+def test_an_engine_goes_on_after_a_run_that_was_broken_off(always_tool):
+    e, _ = engine()
+    stream = e.stream(requests(), policy="x", sampling=Sampling())
+    next(stream)
+    stream.close()
+    found = e.run(requests(1), policy="x", sampling=GREEDY)
+    again = engine()[0].run(requests(1), policy="x", sampling=GREEDY)
+    assert [t.ids.tolist() for t in found] == [t.ids.tolist() for t in again]
+
+
+def test_prefixes_that_several_go_on_from_are_read_once(always_tool):
+    e, _ = engine()
+    [t] = e.run(requests(1)[:1], policy="x", sampling=GREEDY)
+    start = t.actions[1].start
+    text = chat().decode(t.ids[t.actions[0]])
+    prefix = Prefix(tuple(t.ids[:start].tolist()), tuple(t.roles[:start].tolist()), (text,))
+    before = e.activity.copy()
+    asked = [Request(PROBLEMS[0], k, "s", prefix) for k in range(9)]
+    found = e.run(asked, policy="x", sampling=Sampling())
+    observed = sum(len(f.ids) - start - sum(s.stop - s.start for s in f.actions[1:]) for f in found)
+    assert (e.activity - before).prefilled == start + observed
+    assert (e.activity - before).copied == 8 * start

@@ -10,6 +10,7 @@ import hashlib
 import json
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from mdpo_jax.methods import METHODS, Method, MethodName, inconsistency
 
@@ -165,6 +166,14 @@ class Rollout:
     max_turns is H; turn_tokens and trajectory_tokens bound what the policy may generate.
     slots: rows decoded together.  chunk_problems: problems sampled and stored as one unit, the
     most that a kill can lose.  context: cache length, prompt and observations included.
+    backend: `local` decodes here; `http` asks servers, `slots` trajectories at a time.
+    servers: comma-separated base URLs, all of one server_kind.  served_model: the name that they must
+    serve; empty for any.  request_timeout: seconds of one turn.  retries: of one request.
+    reload_command: loads new weights into the servers, with {path} for the folder and, if it is to
+    run once a server, {server} for the URL; without one, SGLang's update_weights_from_disk is used
+    and vLLM keeps what it has.
+    fingerprint_tolerance: mean |difference| of log-probs, in nats a token, between a server and the
+    policy, above which the server is refused.
     """
 
     samples: int = 20
@@ -179,6 +188,14 @@ class Rollout:
     chunk_problems: int = 32
     block: int = 16
     decode_dtype: Literal["float32", "bfloat16"] = "float32"
+    backend: Literal["local", "http"] = "local"
+    server_kind: Literal["vllm", "sglang"] = "vllm"
+    servers: str = ""
+    served_model: str = ""
+    request_timeout: float = 600.0
+    retries: int = 8
+    reload_command: str = ""
+    fingerprint_tolerance: float = 0.05
 
     def __post_init__(self) -> None:
         _at_least(1, "rollout", self, "samples", "max_turns", "turn_tokens", "trajectory_tokens")
@@ -190,6 +207,36 @@ class Rollout:
             self.context,
             f"at least rollout.trajectory_tokens={self.trajectory_tokens}",
         )
+        self._check_servers()
+
+    def _check_servers(self) -> None:
+        _above_zero("rollout", self, "request_timeout", "fingerprint_tolerance")
+        _at_least(0, "rollout", self, "retries")
+        remote, urls, command = self.backend == "http", self.urls, self.reload_command
+        accepted = "comma-separated URLs, http://HOST:PORT, with rollout.backend=http"
+        _require(bool(urls) == remote, "rollout.servers", self.servers, accepted)
+        for url in urls:
+            _require(_is_base_url(url), "rollout.servers", url, "http://HOST[:PORT] or https://...")
+        _require(len(set(urls)) == len(urls), "rollout.servers", self.servers, "each server once")
+        accepted = "a command with {path}, with rollout.backend=http"
+        right = not command or ("{path}" in command and remote)
+        _require(right, "rollout.reload_command", command, accepted)
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """Of the servers."""
+        return tuple(u for part in self.servers.split(",") if (u := part.strip().rstrip("/")))
+
+
+def _is_base_url(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        bare = not (parts.query or parts.fragment or parts.username)
+        return (
+            parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and bare
+        )
+    except ValueError:  # a port that is no number, half an IPv6 address
+        return False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -479,7 +526,15 @@ class Config:
         """Plain nested dict, as written beside the run."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
+    def deciding(self) -> dict[str, Any]:
+        """`as_dict` without what does not decide the results: the run's place, and the servers'."""
+        fields = self.as_dict()
+        del fields["workdir"]
+        for name in ("servers", "served_model", "request_timeout", "retries", "reload_command"):
+            del fields["rollout"][name]
+        return fields
+
     def fingerprint(self) -> str:
-        """Hash of everything that decides the run's results; the run's place is not part of it."""
-        fields = {k: v for k, v in self.as_dict().items() if k != "workdir"}
+        """Hash of everything that decides the run's results."""
+        fields = self.deciding()
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]

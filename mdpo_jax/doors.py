@@ -41,6 +41,7 @@ def _help(usage: str, arguments: Sequence[str]) -> None:
 def guarded(work: Callable[[], None]) -> int:
     """Run `work`; what the user can mend ends in one line and 2, what passes in one line and 75."""
     from mdpo_jax.isolation.forkserver import ForkServerError
+    from mdpo_jax.rollout.servers import ServersGone
 
     try:
         work()
@@ -49,7 +50,7 @@ def guarded(work: Callable[[], None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, FileNotFoundError, FileExistsError) as error:
         return _said("error", error, EXIT_INPUT)
-    except ForkServerError as error:
+    except (ForkServerError, ServersGone) as error:
         return _said("interrupted", error, EXIT_RESUMABLE, "; the same command resumes")
     except OSError as error:
         if error.errno in _INPUT_ERRNOS:

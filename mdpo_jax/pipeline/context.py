@@ -27,6 +27,7 @@ from mdpo_jax.model.policy import Policy, load_policy
 from mdpo_jax.pipeline.files import stage
 from mdpo_jax.pipeline.parameters import Adapters, Parameters
 from mdpo_jax.rollout.engine import Engine, Limits
+from mdpo_jax.rollout.remote import RemoteEngine, RemoteSampler
 from mdpo_jax.rollout.sampler import Sampler, Shapes
 from mdpo_jax.training.losses import Forward
 from mdpo_jax.training.state import Optimiser
@@ -145,9 +146,11 @@ class Context:
         return grader
 
     @functools.cached_property
-    def sampler(self) -> Sampler:
-        """One sampler for all policies of the run: it compiles once."""
+    def sampler(self) -> Sampler | RemoteSampler:
+        """One sampler for all policies of the run: it compiles once, or has its servers."""
         r = self.config.rollout
+        if r.backend == "http":
+            return RemoteSampler(r, self.chat, self.policy, self.directory / "served")
         shapes = Shapes.make(r.slots, r.context, r.block)
         return Sampler(self.shape, shapes, self.chat.stop_ids, r.decode_dtype)
 
@@ -162,7 +165,14 @@ class Context:
     @functools.cached_property
     def engine(self) -> Engine:
         """The multi-turn loop over the sampler and the tool."""
-        return Engine(self.sampler, self.chat, self.tool, self.limits)
+        return self.engine_with(self.tool)
+
+    def engine_with(self, tool: Tool | None) -> Engine:
+        """The loop with another tool, or with none."""
+        sampler, slots = self.sampler, self.config.rollout.slots
+        if isinstance(sampler, RemoteSampler):
+            return RemoteEngine(sampler, self.chat, tool, self.limits, slots)
+        return Engine(sampler, self.chat, tool, self.limits)
 
     def trainer(self, *, sft: bool = False) -> Trainer:
         """The trainer with the preference step's, or the warm-up's, optimiser."""

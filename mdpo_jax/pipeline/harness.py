@@ -83,6 +83,7 @@ class Suite:
 def harness(context: Context, asked: Asked, suites: Sequence[Suite]) -> dict[str, Any]:
     """The whole harness, as JSON holds it.  How many slots decode together is no part of it."""
     config, problems = context.config, context.config.problems
+    kind = config.rollout.server_kind
     tool: Any = "off"
     if asked.mode == "tool":
         tool = dataclasses.asdict(config.tool) | {"protection": context.interpreter.protection}
@@ -100,7 +101,8 @@ def harness(context: Context, asked: Asked, suites: Sequence[Suite]) -> dict[str
             "seed": config.seed,
         },
         "dtype": {"stored": config.model.param_dtype, "decoding": config.rollout.decode_dtype},
-        "backend": jax.default_backend(),
+        # What a server decodes on, and in which type, it does not say.
+        "backend": kind if config.rollout.backend == "http" else jax.default_backend(),
         "tool": tool,
         "grader": context.grader.settings,
         "data": {suite.name: suite.as_dict() for suite in suites},

@@ -47,7 +47,7 @@ class Serving:
     dies_at: the request for a turn at which the process is gone.
     """
 
-    def __init__(self, kind="vllm", weights=None, max_model_len=160, name="tiny", words=None):
+    def __init__(self, kind="vllm", weights=None, max_model_len=161, name="tiny", words=None):
         self.kind, self.name, self.max_model_len = kind, name, max_model_len
         self.weights = params() if weights is None else weights
         self.tokenizer = words or tokenizer()
@@ -151,6 +151,7 @@ class Serving:
 
     def _sglang(self, b):
         s = b["sampling_params"]
+        assert len(b["input_ids"]) + s["max_new_tokens"] < self.max_model_len
         ends = () if s["ignore_eos"] else s["stop_token_ids"]
         ids, scores, why = self.sample(
             b["input_ids"],

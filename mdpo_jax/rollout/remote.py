@@ -32,7 +32,7 @@ from mdpo_jax.model.policy import Policy, fingerprint
 from mdpo_jax.rollout import wire
 from mdpo_jax.rollout.engine import Engine, Limits, Request, _seed, _Slot, _trajectory
 from mdpo_jax.rollout.servers import Patience, Server, Servers
-from mdpo_jax.rollout.wire import Generated, Sampling, ServerRefused
+from mdpo_jax.rollout.wire import Generated, ServerRefused, TurnRequest
 from mdpo_jax.types import Trajectory
 
 _log = logging.getLogger(__name__)
@@ -112,11 +112,11 @@ class RemoteSampler:
         self, ids: Sequence[int], room: int, temperature: float, seed: int, last: Server | None
     ) -> tuple[Generated, Server]:
         """At most `room` tokens after `ids`, up to the end of a turn, and the server they are from."""
-        sampling = self._sampling(room, temperature, seed, self._chat.stop_strings)
+        asked = self._asked(room, temperature, seed, self._chat.stop_strings)
         return self.servers.call(
             self._wire.path,
-            lambda server: self._wire.body(server.model, ids, sampling),
-            lambda answer: self._wire.read(answer, ids, sampling),
+            lambda server: self._wire.body(server.model, ids, asked),
+            lambda answer: self._wire.read(answer, ids, asked),
             last,
         )
 
@@ -140,13 +140,13 @@ class RemoteSampler:
     def _folder(self) -> Path:
         return self._exports / self._version
 
-    def _sampling(
+    def _asked(
         self, room: int, temperature: float, seed: int, stop_strings: Sequence[str]
-    ) -> Sampling:
+    ) -> TurnRequest:
         assert self._policy is not None, "nothing is loaded"
         size = self._policy.config.vocab_size
         stops = tuple(self._chat.stop_ids)
-        return Sampling(room, temperature, seed, stops, tuple(stop_strings), size)
+        return TurnRequest(room, temperature, seed, stops, tuple(stop_strings), size)
 
     def _prepare(self, server: Server) -> None:
         """Bring one server to where it may be asked for turns of this policy."""
@@ -196,11 +196,12 @@ class RemoteSampler:
         if not named:
             names = ", ".join(c.model for c in served) or "nothing"
             raise ServerRefused(f"it serves {names}; expected rollout.served_model={wanted!r}")
-        card, context = named[0], self._settings.context
-        if card.max_model_len is None or card.max_model_len < context:
+        card, spare = named[0], self._wire.spare
+        needed = self._settings.context + spare
+        if card.max_model_len is None or card.max_model_len < needed:
             raise ServerRefused(
-                f"max_model_len={card.max_model_len} of {card.model}; expected at least "
-                f"rollout.context={context}"
+                f"max_model_len={card.max_model_len} of {card.model}; expected at least {needed}, "
+                f"rollout.context={self._settings.context}{f' and {spare} more' if spare else ''}"
             )
         server.model = card.model
 
@@ -257,10 +258,10 @@ class RemoteSampler:
     def _probed(self, server: Server, temperature: float) -> _Probe:
         """A turn of the probe, sampled as all others are, and scored here."""
         # No stop ids: one token of a policy that ends at once would say little.
-        sampling = dataclasses.replace(self._sampling(_PROBED, temperature, 1, ()), stop_ids=())
-        body = self._wire.body(server.model, self._probe, sampling)
+        asked = dataclasses.replace(self._asked(_PROBED, temperature, 1, ()), stop_ids=())
+        body = self._wire.body(server.model, self._probe, asked)
         answer = self.servers.ask(server, self._wire.path, body)
-        ids, log_probs = self._wire.read(answer, self._probe, sampling)
+        ids, log_probs = self._wire.read(answer, self._probe, asked)
         return _Probe(ids, np.array(log_probs), self._score(ids))
 
     def _score(self, ids: Sequence[int]) -> np.ndarray:

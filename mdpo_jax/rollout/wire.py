@@ -35,8 +35,8 @@ class Malformed(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How one turn is sampled.  vocabulary: ids lie below it."""
+class TurnRequest:
+    """How one turn is sampled.  top_k: 0 for all tokens.  vocabulary: ids lie below it."""
 
     max_tokens: int
     temperature: float
@@ -44,6 +44,8 @@ class Sampling:
     stop_ids: tuple[int, ...]
     stop_strings: tuple[str, ...]
     vocabulary: int
+    top_k: int = 0
+    top_p: float = 1.0
 
 
 class Generated(NamedTuple):
@@ -54,20 +56,20 @@ class Generated(NamedTuple):
 
 
 class VLLM:
-    """vLLM's completions."""
+    """vLLM's completions.  spare: of max_model_len, tokens that a request may not use."""
 
-    path = "/v1/completions"
+    path, spare = "/v1/completions", 0
 
-    def body(self, model: str, ids: Sequence[int], sampling: Sampling) -> dict[str, Any]:
+    def body(self, model: str, ids: Sequence[int], request: TurnRequest) -> dict[str, Any]:
         """The request for one turn after `ids`."""
         return {
             "model": model,
             "prompt": list(ids),
-            "max_tokens": sampling.max_tokens,
-            "temperature": sampling.temperature,
-            "seed": sampling.seed,
-            "stop_token_ids": list(sampling.stop_ids),
-            "stop": list(sampling.stop_strings),
+            "max_tokens": request.max_tokens,
+            "temperature": request.temperature,
+            "seed": request.seed,
+            "stop_token_ids": list(request.stop_ids),
+            "stop": list(request.stop_strings),
             # Our stop ids hold the model's, and alone decide where a turn ends.
             "ignore_eos": True,
             "include_stop_str_in_output": True,
@@ -76,15 +78,15 @@ class VLLM:
             "return_token_ids": True,
             "return_tokens_as_token_ids": True,
             "n": 1,
-            "top_p": 1.0,
-            "top_k": -1,
+            "top_p": request.top_p,
+            "top_k": request.top_k or -1,
             "min_p": 0.0,
             "repetition_penalty": 1.0,
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,
         }
 
-    def read(self, answer: Any, prompt: Sequence[int], sampling: Sampling) -> Generated:
+    def read(self, answer: Any, prompt: Sequence[int], request: TurnRequest) -> Generated:
         """The sampled turn; ServerRefused for an answer without ids or log-probs."""
         choice = _first(answer.get("choices")) if isinstance(answer, dict) else None
         if not isinstance(choice, dict):
@@ -106,31 +108,31 @@ class VLLM:
                 "it answers without token ids; expected choices[0].token_ids, which vLLM gives for "
                 "return_token_ids: text would have to be encoded again"
             )
-        return _checked(ids, scored.get("token_logprobs"), sampling)
+        return _checked(ids, scored.get("token_logprobs"), request)
 
 
 class SGLang:
-    """SGLang's native generation."""
+    """SGLang's native generation.  spare: it refuses a request that would fill its context."""
 
-    path = "/generate"
+    path, spare = "/generate", 1
 
-    def body(self, model: str, ids: Sequence[int], sampling: Sampling) -> dict[str, Any]:
+    def body(self, model: str, ids: Sequence[int], request: TurnRequest) -> dict[str, Any]:
         """The request for one turn after `ids`; a server has one model, so none is named."""
         return {
             "input_ids": list(ids),
             "sampling_params": {
-                "max_new_tokens": sampling.max_tokens,
-                "temperature": sampling.temperature,
-                "sampling_seed": sampling.seed,
-                "stop_token_ids": list(sampling.stop_ids),
-                "stop": list(sampling.stop_strings),
+                "max_new_tokens": request.max_tokens,
+                "temperature": request.temperature,
+                "sampling_seed": request.seed,
+                "stop_token_ids": list(request.stop_ids),
+                "stop": list(request.stop_strings),
                 # It ignores stop_token_ids as well; so an end that is not ours is gone past instead.
-                "ignore_eos": not sampling.stop_ids,
+                "ignore_eos": not request.stop_ids,
                 "skip_special_tokens": True,
                 "no_stop_trim": True,
                 "n": 1,
-                "top_p": 1.0,
-                "top_k": -1,
+                "top_p": request.top_p,
+                "top_k": request.top_k or -1,
                 "min_p": 0.0,
                 "repetition_penalty": 1.0,
                 "presence_penalty": 0.0,
@@ -140,7 +142,7 @@ class SGLang:
             "stream": False,
         }
 
-    def read(self, answer: Any, prompt: Sequence[int], sampling: Sampling) -> Generated:
+    def read(self, answer: Any, prompt: Sequence[int], request: TurnRequest) -> Generated:
         """The sampled turn; ServerRefused for an answer without ids or log-probs."""
         meta = answer.get("meta_info") if isinstance(answer, dict) else None
         if not isinstance(meta, dict):
@@ -162,7 +164,7 @@ class SGLang:
         whole = answer.get("output_ids")  # some versions leave the stop token out of it
         if isinstance(whole, list) and whole != ids[: len(whole)]:
             raise ServerRefused(f"output_ids {_short(whole)}, but log-probs of {_short(ids)}")
-        return _checked(ids, [e[0] for e in entries], sampling)
+        return _checked(ids, [e[0] for e in entries], request)
 
 
 KINDS: dict[str, VLLM | SGLang] = {"vllm": VLLM(), "sglang": SGLang()}
@@ -212,13 +214,13 @@ def _spelled(tokens: Any) -> list[int] | None:
     return [int(p) for p in parts] if whole else None
 
 
-def _checked(ids: Any, log_probs: Any, sampling: Sampling) -> Generated:
+def _checked(ids: Any, log_probs: Any, request: TurnRequest) -> Generated:
     """Ids up to the first stop token, each with its log-prob."""
     if not isinstance(ids, list) or not all(
-        type(i) is int and 0 <= i < sampling.vocabulary for i in ids
+        type(i) is int and 0 <= i < request.vocabulary for i in ids
     ):
         raise ServerRefused(
-            f"token ids {_short(ids)}; expected integers from 0 to {sampling.vocabulary - 1}"
+            f"token ids {_short(ids)}; expected integers from 0 to {request.vocabulary - 1}"
         )
     if not isinstance(log_probs, list) or len(log_probs) != len(ids):
         count = len(log_probs) if isinstance(log_probs, list) else "no"
@@ -227,9 +229,9 @@ def _checked(ids: Any, log_probs: Any, sampling: Sampling) -> Generated:
         raise ServerRefused(f"log-probs {_short(log_probs)}; expected finite ones, at most 0")
     if not ids:
         raise Malformed("no token was sampled")
-    if len(ids) > sampling.max_tokens:
-        raise ServerRefused(f"{len(ids)} tokens; expected at most {sampling.max_tokens}")
-    ends = [place for place, i in enumerate(ids) if i in sampling.stop_ids]
+    if len(ids) > request.max_tokens:
+        raise ServerRefused(f"{len(ids)} tokens; expected at most {request.max_tokens}")
+    ends = [place for place, i in enumerate(ids) if i in request.stop_ids]
     keep = ends[0] + 1 if ends else len(ids)
     return Generated(ids[:keep], [float(x) for x in log_probs[:keep]])
 

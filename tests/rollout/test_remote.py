@@ -20,7 +20,7 @@ from mdpo_jax.rollout.engine import Engine, Limits, Prefix, Request
 from mdpo_jax.rollout.remote import RemoteEngine, RemoteSampler
 from mdpo_jax.rollout.sampler import Sampler, Shapes
 from mdpo_jax.rollout.servers import API_KEY, Patience, ServersGone
-from mdpo_jax.rollout.wire import Sampling, ServerRefused
+from mdpo_jax.rollout.wire import ServerRefused, TurnRequest
 from mdpo_jax.types import Problem, Role
 
 LIMITS = Limits(
@@ -286,8 +286,14 @@ def with_bos(answer):
         ("vllm", {"words": words}, {}, r"another tokenizer: 'x = 6 .* is \[.*; expected \["),
         ("vllm", {"weights": other_params}, {}, r"log-prob of -\d.* there and -\d.* by the policy"),
         ("vllm", {"weights": other_params}, {}, "or rollout.reload_command to load the policy"),
-        ("vllm", {"max_model_len": 159}, {}, "max_model_len=159 .* at least rollout.context=160"),
+        (
+            "vllm",
+            {"max_model_len": 159},
+            {},
+            "max_model_len=159 .* at least 160, rollout.context=160",
+        ),
         ("vllm", {"max_model_len": None}, {}, "max_model_len=None"),
+        ("sglang", {"max_model_len": 160}, {}, "at least 161, rollout.context=160 and 1 more"),
         ("vllm", {}, {"served_model": "gemma"}, "it serves tiny; expected .*served_model='gemma'"),
         ("vllm", {"spoil": no_ids}, {}, "without token ids; expected choices.0..token_ids"),
         ("vllm", {"spoil": with_bos}, {}, "it read the prompt as"),
@@ -366,7 +372,7 @@ def test_the_key_is_sent_as_a_bearer_token(serve, tmp_path, monkeypatch):
 
 
 def test_answers_of_older_and_of_careless_servers():
-    sampling = Sampling(4, 1.0, 1, (1,), (), 10)
+    sampling = TurnRequest(4, 1.0, 1, (1,), (), 10)
 
     def vllm(ids, scores=None, **fields):
         scored = {"tokens": ids, "token_logprobs": scores or [-1.0] * len(ids)}

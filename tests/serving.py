@@ -204,10 +204,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.connection.close()
             self.close_connection = True
         elif fault == "hang":
-            time.sleep(3)
+            time.sleep(6)
         elif fault == "drip":  # a byte at a time: no single read ever times out
             self._say(200, b"", 10**6)
-            for _ in range(60):
+            for _ in range(120):
                 self.wfile.write(b" ")
                 time.sleep(0.05)
         elif fault == "garbage":

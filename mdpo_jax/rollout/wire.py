@@ -9,11 +9,12 @@ Formats as of these pages and files; nothing here was written against a running 
   raw_logprobs`, the default).  `/inference/v1/generate` takes ids alone but needs its own server
   flags, and old servers lack it.
 - SGLang, `POST /generate` with `input_ids`: docs.sglang.io/basic_usage/native_api and
-  /sampling_params, `python/sglang/srt/managers/io_struct.py`.  `meta_info.output_token_logprobs`
-  holds (log-prob, id, text) of each token.  Log-probs are tempered unless the server runs with
+  /sampling_params, and the source of 0.5.23.  `meta_info.output_token_logprobs` holds (log-prob,
+  id, text) of each token.  Log-probs are tempered unless the server runs with
   SGLANG_RETURN_ORIGINAL_LOGPROB=1; `sampling_seed` counts only with
   `--enable-deterministic-inference`.
-- both: `GET /v1/models` (`id`, `max_model_len`), `POST /tokenize` (`tokens`).
+- both: `GET /v1/models` (`id`, `max_model_len`), `POST /tokenize` (`tokens`), in vLLM's `serve/tokenize` and SGLang's
+  `serving_tokenize.py`.
 
 Every sampling parameter is sent, for both servers take what is missing from generation_config.json.
 """

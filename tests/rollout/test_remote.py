@@ -167,7 +167,7 @@ def test_sampled_turns_have_seeds_of_their_own_and_repeat(serve, always_tool, tm
     [["503", "502", "429"], ["reset", "reset"], ["garbage", "short"], ["500"] * 4, ["429"] * 5],
     ids=lambda f: "-".join(f),
 )
-def test_a_request_that_fails_is_tried_again(faults, serve, always_tool, tmp_path):
+def test_a_request_that_fails_is_tried_again(faults, serve, always_tool, tmp_path, caplog):
     server = serve()
     remote = engine(tmp_path, server, slots=2)
     before = len(server.turns)
@@ -175,6 +175,8 @@ def test_a_request_that_fails_is_tried_again(faults, serve, always_tool, tmp_pat
     found = remote.run(requests()[:3], policy="x", temperature=0.0)
     assert_same(found, local().run(requests()[:3], policy="x", temperature=0.0))
     assert not server.faults
+    # One that is busy works; three other failures in a row are too many.
+    assert ("set aside" in caplog.text) == (faults == ["500"] * 4)
     assert len(server.turns) - before >= sum(t.turns for t in found) + len(faults)
 
 

@@ -10,9 +10,11 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 from mdpo_jax import recipes
 from mdpo_jax.config import Config, StepZeroError
+from mdpo_jax.rows import ROW_FILES
 
 # A path that was given and cannot be used.
 _INPUT_ERRNOS = (
@@ -38,8 +40,11 @@ def _help(usage: str, arguments: Sequence[str]) -> None:
         print(f"  {flag}={value}  ({kind})")
 
 
-def guarded(work: Callable[[], None]) -> int:
-    """Run `work`; what the user can mend ends in one line and 2, what passes in one line and 75."""
+def guarded(work: Callable[[], None], then: str = "the same command resumes") -> int:
+    """Run `work`; what the user can mend ends in one line and 2, what passes in one line and 75.
+
+    then: what a user who was interrupted is told.
+    """
     from mdpo_jax.isolation.forkserver import ForkServerError
     from mdpo_jax.rollout.servers import ServersGone
 
@@ -51,17 +56,17 @@ def guarded(work: Callable[[], None]) -> int:
     except (ValueError, FileNotFoundError, FileExistsError) as error:
         return _said("error", error, EXIT_INPUT)
     except (ForkServerError, ServersGone) as error:
-        return _said("interrupted", error, EXIT_RESUMABLE, "; the same command resumes")
+        return _said("interrupted", error, EXIT_RESUMABLE, f"; {then}")
     except OSError as error:
         if error.errno in _INPUT_ERRNOS:
             return _said("error", error, EXIT_INPUT)
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        return _said("interrupted", error, EXIT_RESUMABLE, "; with room, the same command resumes")
+        return _said("interrupted", error, EXIT_RESUMABLE, f"; with room, {then}")
     except (FloatingPointError, StepZeroError) as error:
         return _said("stopped", error, EXIT_FAILED)
     except KeyboardInterrupt:
-        print("interrupted; the same command resumes", file=sys.stderr)
+        print(f"interrupted; {then}", file=sys.stderr)
         return EXIT_RESUMABLE
     return EXIT_OK
 
@@ -74,10 +79,11 @@ def row_files(options: argparse.Namespace, source: str, positive: Sequence[str])
             raise ValueError(f"--{name}={getattr(options, name)}; expected more than 0")
     if not path.is_file():
         raise ValueError(f"--{source}={path}: no such file; expected JSON lines")
-    if out.resolve() == path.resolve():
-        raise ValueError(f"--out={out}: is the file of {source}; expected another")
-    if not out.parent.is_dir() or out.is_dir():
-        raise ValueError(f"--out={out}: expected a file in a folder that exists")
+    if not out.parent.is_dir() or (out.exists() and not out.is_file()) or out.is_symlink():
+        raise ValueError(f"--out={out}: expected a file, or a new one, in a folder that exists")
+    for written in map(Path, (out, *(f"{out}{end}" for end in ROW_FILES))):
+        if written.exists() and written.samefile(path):
+            raise ValueError(f"--out={out}: would replace {source} {path}; expected another")
 
 
 @contextlib.contextmanager

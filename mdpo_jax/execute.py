@@ -32,7 +32,7 @@ def main(arguments: Sequence[str]) -> int:
         help="what a block sees of those before it: a live process, their replay, or nothing",
     )  # fmt: skip
     options = parser.parse_args(arguments)
-    return guarded(lambda: _execute(options))
+    return guarded(lambda: _execute(options), then="nothing is written; begin again")
 
 
 def _execute(options: argparse.Namespace) -> None:

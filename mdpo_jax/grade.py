@@ -27,7 +27,7 @@ def main(arguments: Sequence[str]) -> int:
         "--timeout", type=float, default=2.0, help="seconds a pair may take a worker"
     )
     options = parser.parse_args(arguments)
-    return guarded(lambda: _grade(options))
+    return guarded(lambda: _grade(options), then="nothing is written; begin again")
 
 
 def _grade(options: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+ROW_FILES = (".partial", ".quarantine", ".quarantine.partial")  # that lie beside an output
 _AHEAD = 256  # rows read before their turn
 _KEPT_TEXT = 2000
 

@@ -86,7 +86,16 @@ def test_other_semantics_and_no_sandbox(tmp_path, semantics, second):
         ([json.dumps(TORA)], ["--batch=0"], "--batch=0; expected more than 0"),
         ([json.dumps(TORA)], ["--timeout=nan"], "--timeout=nan; expected more than 0"),
         ([json.dumps(TORA)], ["--trajectories=/nowhere/x"], "no such file"),
-        ([json.dumps(TORA)], ["--out=/nowhere/x"], "expected a file in a folder that exists"),
+        (
+            [json.dumps(TORA)],
+            ["--out=/nowhere/x"],
+            "expected a file, or a new one, in a folder that",
+        ),
+        (
+            [json.dumps(TORA)],
+            ["--out=/dev/null"],
+            "expected a file, or a new one, in a folder that",
+        ),
     ],
 )
 def test_wrong_input_is_one_line_and_2(tmp_path, capsys, lines, more, words):
@@ -106,3 +115,13 @@ def test_a_broken_gzip_leaves_what_was_there(tmp_path, capsys):
     assert "not a whole gzip file" in capsys.readouterr().err
     assert out.read_text() == "earlier"
     assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("end", ["", ".partial", ".quarantine", ".quarantine.partial"])
+def test_the_input_is_never_what_is_written(tmp_path, capsys, end):
+    out = tmp_path / "out.jsonl"
+    rows = tmp_path / f"out.jsonl{end}"
+    rows.write_text(json.dumps(TORA))
+    assert execute.main([f"--trajectories={rows}", f"--out={out}"]) == 2
+    assert f"--out={out}: would replace trajectories {rows}" in capsys.readouterr().err
+    assert rows.read_text() == json.dumps(TORA)

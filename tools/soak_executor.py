@@ -55,7 +55,9 @@ def main() -> None:
         for name, value in last.items()
         if value - most[name] > (MOST_GROWTH_MB if name.endswith("MB") else 0)
     ]
-    print(f"not flat: {', '.join(grown)}" if grown else "flat")
+    if grown:
+        raise SystemExit(f"not flat: {', '.join(grown)}")
+    print("flat")
 
 
 def _session(number: int) -> dict[str, Any]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import logging
-import threading
-from concurrent.futures import CancelledError, Future
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from mdpo_jax.environment.tool import Observation
 
@@ -15,71 +17,72 @@ log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
-class Agreement:
+class Rechecks:
     """Calls that were run again in a fresh process, those whose output then differed, and examples.
 
-    An example has `call`, `first` and `second`.
+    An example has `call`, `first` and `second`.  A second run that did not end in time is not counted.
     """
 
     checked: int = 0
-    disagreed: int = 0
+    differed: int = 0
     examples: tuple[dict[str, str], ...] = ()
 
     @property
     def rate(self) -> float | None:
-        """Share of checked calls that disagreed; None if none was checked."""
-        return self.disagreed / self.checked if self.checked else None
+        """Share of checked calls that differed; None if none was checked."""
+        return self.differed / self.checked if self.checked else None
 
 
 class Checks:
-    """Counts re-runs; for any thread.  share: of the calls, those to run again."""
+    """Runs calls again, on a thread of its own, so that no trajectory waits.  For any thread.
+
+    share: of the calls, those to run again.
+    """
 
     def __init__(self, share: float):
         if not 0 <= share <= 1:
             raise ValueError(f"check_determinism: {share}; expected a share from 0 to 1")
         self.share = share
-        self._lock = threading.Lock()
-        self._under_way: set[Future[None]] = set()
-        self._found = Agreement()
+        self._pool = ThreadPoolExecutor(1, "recheck") if share else None
+        self._under_way: deque[Future[None]] = deque()
+        self._found = Rechecks()
 
-    def expect(self, check: Future[None]) -> None:
-        """A re-run that will `tell`."""
-        with self._lock:
-            self._under_way.add(check)
-        check.add_done_callback(self._done)
+    def submit(
+        self, call: str, first: Observation, again: Callable[[], tuple[str, str] | None]
+    ) -> None:
+        """Run a call again: `again` gives its second text and status, or None if it says nothing."""
+        if self._pool is not None:
+            # After `close` nobody asks for the result.
+            with contextlib.suppress(RuntimeError):
+                self._under_way.append(self._pool.submit(self._compare, call, first, again))
 
-    def tell(self, call: str, first: Observation, text: str, status: str) -> None:
-        """What the second run of a call gave."""
-        same = (first.text, first.status) == (text, status)
-        with self._lock:
-            found = self._found
-            examples = found.examples
-            if not same and len(examples) < _KEPT:
-                second = text if status == first.status else f"[{status}] {text}"
-                examples += ({"call": call, "first": first.text, "second": second},)
-            self._found = Agreement(found.checked + 1, found.disagreed + (not same), examples)
-        if not same and found.disagreed == 0:
-            log.warning("tool: %s said %.80r and then %.80r", call, first.text, text)
-
-    def result(self) -> Agreement:
+    def result(self) -> Rechecks:
         """The counts, once every re-run has ended.  Raises what a re-run raised."""
-        while True:
-            with self._lock:
-                waiting = list(self._under_way)
-            if not waiting:
-                return self._found
-            for check in waiting:
-                try:
-                    check.result()
-                except CancelledError:  # the tool was closed: it is not counted
-                    continue
-                finally:
-                    self._done(check)
+        while self._under_way:
+            self._under_way[0].result()
+            self._under_way.popleft()
+        return self._found
 
-    def _done(self, check: Future[None]) -> None:
-        if check.cancelled() or check.exception() is None:
-            with self._lock:
-                self._under_way.discard(check)
+    def close(self) -> None:
+        """Drop what has not begun, wait for what has."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _compare(
+        self, call: str, first: Observation, again: Callable[[], tuple[str, str] | None]
+    ) -> None:
+        second = again()
+        if second is None:
+            return
+        text, status = second
+        found, same = self._found, (first.text, first.status) == (text, status)
+        examples = found.examples
+        if not same and len(examples) < _KEPT:
+            shown = text if status == first.status else f"[{status}] {text}"
+            examples += ({"call": call, "first": first.text, "second": shown},)
+        if not same and not found.differed:
+            log.warning("tool: %s said %.80r and then %.80r", call, first.text, text)
+        self._found = Rechecks(found.checked + 1, found.differed + (not same), examples)
 
 
 def chosen(call: str, share: float) -> bool:

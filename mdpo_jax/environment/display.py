@@ -19,19 +19,24 @@ _BRACKETS = {
 
 
 class _Group(NamedTuple):
-    """A container; `items` are pairs of the key that stands before a value, and the value."""
+    """A container; `items` are pairs of the key that stands before a value, and the value.
+
+    flat: its text on one line.
+    """
 
     open: str
     items: list[tuple[str, Any]]
     close: str
+    flat: str
 
 
 def shown(value: Any) -> str:
-    """The text that IPython displays for `value`: its `repr` but for built-in containers.
+    """The text of `value`: its `repr`, but built-in containers as IPython lays them out.
 
     Lists, tuples, sets and dicts that do not fit are broken at every comma, the outermost first;
-    sets are sorted; of more than 1,000 items the others are `...`.  IPython may break a dict's key
-    too where its value does not fit; we never do.
+    sets are sorted; of more than 1,000 items the others are `...`.  IPython's other printers are not
+    there (of types, functions, defaultdict), nor does it indent an item of several lines here, nor
+    break a dict's key.
     """
     try:
         return "".join(_laid_out(_grouped(value), 0, 0, 0))
@@ -56,7 +61,9 @@ def _grouped(value: Any) -> _Group | str:
     if len(value) > _MOST_ITEMS:
         items.append(("", "..."))
     left, right = _BRACKETS[kind]
-    return _Group(left, items, ",)" if kind is tuple and len(value) == 1 else right)
+    right = ",)" if kind is tuple and len(value) == 1 else right
+    flat = ", ".join(key + (x if isinstance(x, str) else x.flat) for key, x in items)
+    return _Group(left, items, right, left + flat + right)
 
 
 def _laid_out(value: _Group | str, column: int, indent: int, after: int) -> Iterator[str]:
@@ -64,9 +71,8 @@ def _laid_out(value: _Group | str, column: int, indent: int, after: int) -> Iter
     if isinstance(value, str):
         yield value
         return
-    flat = _flat(value)
-    if column + len(flat) + after <= _WIDTH:
-        yield flat
+    if column + len(value.flat) + after <= _WIDTH:
+        yield value.flat
         return
     yield value.open
     inner = indent + len(value.open)
@@ -80,12 +86,6 @@ def _laid_out(value: _Group | str, column: int, indent: int, after: int) -> Iter
         follows = len(value.close) + after if last else 1
         yield from _laid_out(item, column + len(key), inner, follows)
     yield value.close
-
-
-def _flat(value: _Group | str) -> str:
-    if isinstance(value, str):
-        return value
-    return value.open + ", ".join(key + _flat(item) for key, item in value.items) + value.close
 
 
 def _sorted(items: Iterable) -> list:

@@ -56,7 +56,6 @@ class Pool:
 
     def after_fork(self) -> None:
         """In the new process: begin anew; a thread of the old one may have held a lock."""
-        self._server.abandon()
         self._fresh()
 
     def _fresh(self) -> None:

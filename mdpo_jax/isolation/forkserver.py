@@ -12,26 +12,35 @@ from __future__ import annotations
 import array
 import contextlib
 import dataclasses
+import errno
 import json
 import logging
 import os
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mdpo_jax.isolation import frames, zygote
-from mdpo_jax.isolation.sandbox import Level, Limits, Protection, overfull, probe
+from mdpo_jax.isolation import frames
+from mdpo_jax.isolation.sandbox import Level, Limits, Protection, overfull, probe, remove
 
 _MOST_RESTARTS = 3
 _LARGEST_ANSWER = 1 << 20
 _LOOK = 0.25  # seconds between looks at a busy worker's folder
 _TRANSFER = 1.0  # seconds that an answer which has begun may take to arrive
+_MOST_FILES = 8192  # descriptors that we let ourselves have, if we may: a worker takes three
+_SERVE = (
+    "import sys; sys.path.insert(0, sys.argv[1]); from mdpo_jax.isolation import zygote; "
+    "zygote.main(*sys.argv[2:])"
+)
+_servers: weakref.WeakSet[ForkServer] = weakref.WeakSet()
 log = logging.getLogger(__name__)
 
 
@@ -81,22 +90,35 @@ class ForkServer:
         self._channel: socket.socket | None = None
         self._failures = 0
         self._closed = False
+        self._folder: str | None = None
         self._workers: set[Worker] = set()  # held: one dropped unclosed keeps its pipes
+        _servers.add(self)
 
     def fork(self, argument: Any = None) -> Worker:
-        """A fresh worker.  Raises ForkServerError if the zygote cannot be had."""
+        """A fresh worker.  Raises ForkServerError if the zygote, or a pipe, cannot be had."""
         with self._lock:
             while True:
+                if self._closed:
+                    raise ForkServerError("fork server: already closed")
                 try:
-                    worker = self._fork(argument)
+                    worker = self._fork(argument, *_pipes())
                 except (OSError, ValueError) as error:
+                    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+                        raise _no_descriptors(error) from None
                     self._failed(error)
                 else:
                     self._failures = 0
                     return worker
 
+    def kill(self) -> None:
+        """For good: no more forks, and every call that is running ends as killed."""
+        self._closed = True
+        with self._lock:
+            for worker in self._workers:
+                worker.kill()
+
     def close(self) -> None:
-        """End the zygote and every worker; harmless when repeated."""
+        """End the zygote and every worker; harmless when repeated.  No call may be running."""
         with self._lock:
             self._closed = True
             self._stop()
@@ -108,7 +130,7 @@ class ForkServer:
         self._closed = True
         if self._channel is not None:
             self._channel.close()
-        self._channel = self._process = None
+        self._channel = self._process = self._folder = None
         for worker in self._workers:
             worker.abandon()
         self._workers.clear()
@@ -131,32 +153,26 @@ class ForkServer:
             if self._channel is not None:
                 self._ask({"do": "kill", "pid": worker.pid})
 
-    def _fork(self, argument: Any) -> Worker:
-        if self._channel is None:
-            self._start()
-        assert self._channel is not None
-        request_read, request_write = os.pipe()
-        response_read, response_write = os.pipe()
-        os.set_blocking(request_write, False)  # a worker that does not read must not hold us
+    def _fork(self, argument: Any, requests: tuple[int, int], responses: tuple[int, int]) -> Worker:
+        """A worker at the other ends of two pipes, (read, write) each; closes them if it fails."""
+        ours, theirs = (requests[1], responses[0]), (requests[0], responses[1])
         try:
-            fds = array.array("i", [request_read, response_write])
-            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)]
+            if self._channel is None:
+                self._start()
+            assert self._channel is not None
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", theirs))]
             message = json.dumps({"do": "fork", "argument": argument}).encode()
             self._channel.sendmsg([message], rights)
             answer = self._answer()
-        except (OSError, ValueError):
-            os.close(request_write)
-            os.close(response_read)
+            # Its pipes stay open as long as anything it started lives: this tells when it itself
+            # ends.  The zygote reaps it only when we ask, so the id is still its own.
+            pidfd = os.pidfd_open(answer["pid"])
+        except BaseException:
+            _close(ours)
             raise
         finally:
-            os.close(request_read)
-            os.close(response_write)
-        try:
-            worker = Worker(self, answer["pid"], answer["folder"], request_write, response_read)
-        except OSError:  # the zygote has just ended, and its workers with it
-            os.close(request_write)
-            os.close(response_read)
-            raise
+            _close(theirs)
+        worker = Worker(self, answer["pid"], answer["folder"], (*ours, pidfd))
         self._workers.add(worker)
         return worker
 
@@ -173,12 +189,15 @@ class ForkServer:
         return json.loads(data)
 
     def _start(self) -> None:
-        if self._closed:
-            raise ForkServerError("fork server: already closed")
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft < min(hard, _MOST_FILES):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, _MOST_FILES), hard))
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.settimeout(60)  # importing sympy on a loaded machine takes seconds, not a minute
         root = str(Path(__file__).parents[2])
-        command = [sys.executable, "-s", zygote.__file__, root, str(theirs.fileno()), self._options]
+        # Neither the user's own packages nor the working folder shall stand in for what is meant.
+        command = [sys.executable, "-s", "-P", "-c", _SERVE, root, str(theirs.fileno())]
+        command.append(self._options)
         # An interpreter outside the system's places may need the second to find its own library.
         kept = {k: os.environ[k] for k in ("PATH", "LD_LIBRARY_PATH") if k in os.environ}
         environment = kept | {"PYTHONHASHSEED": "0"}
@@ -190,7 +209,7 @@ class ForkServer:
                 env=environment | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
             )
         self._channel = ours
-        self._answer()
+        self._folder = self._answer()["folder"]
 
     def _stop(self) -> None:
         if self._channel is not None:
@@ -203,6 +222,9 @@ class ForkServer:
                 self._process.kill()
                 self._process.wait()
             self._process = None
+        if self._folder is not None:  # it has removed it, unless it was killed
+            remove(self._folder)
+            self._folder = None
 
     def _failed(self, error: Exception) -> None:
         self._failures += 1
@@ -218,44 +240,46 @@ class ForkServer:
 class Worker:
     """One forked process.  Not for two threads at a time."""
 
-    def __init__(
-        self, server: ForkServer, pid: int, folder: str, request_fd: int, response_fd: int
-    ):  # fmt: skip
+    def __init__(self, server: ForkServer, pid: int, folder: str, fds: tuple[int, int, int]):
         self._server, self.pid, self._folder = server, pid, folder
-        self._fds: tuple[int, ...] | None = (request_fd, response_fd)
-        # Its pipes stay open as long as anything it started lives: this tells when it itself ends.
-        # The zygote reaps it only when we ask, so the id is still its own.
-        self._fds += (os.pidfd_open(pid),)
+        self._fds: tuple[int, int, int] | None = fds  # requests, responses, pidfd
+        self._closing = threading.Lock()  # nobody signals through a descriptor that was closed
 
     def call(self, request: Any, *, timeout: float, grace: float = 0.0) -> Any:
         """The worker's answer within `timeout` seconds.
 
         With `grace`, a worker that is late gets a SIGINT and so many seconds more; if it then
         answers, Interrupted is raised and it can be called again.  Else raises WorkerDied; the worker
-        is then gone, whatever it did.
+        is then gone, whatever it did.  Between calls it is stopped: what a call left running in it
+        takes no time, and writes nothing, while nobody looks.
         """
         if self._fds is None:
             raise WorkerDied("killed")
-        request_fd, response_fd, pidfd = self._fds
+        request_fd, response_fd, _ = self._fds
+        late = False
         try:
             tag, deadline = os.urandom(8), time.monotonic() + timeout
+            frames.drain(response_fd)
+            self._signal(signal.SIGCONT)
             frames.write_frame(request_fd, request, tag, timeout=timeout)
             late = not self._answers(deadline - time.monotonic())
             if late:
                 if grace:
-                    signal.pidfd_send_signal(pidfd, signal.SIGINT)
+                    self._signal(signal.SIGINT)
                 if not self._answers(grace):
                     raise TimeoutError
             left = max(_TRANSFER, deadline - time.monotonic())
             echo, value = frames.read_frame(response_fd, timeout=left, largest=_LARGEST_ANSWER)
             if echo != tag:
                 raise frames.FrameError("an answer to no request")
+            self._signal(signal.SIGSTOP)
+            self._look()
         except TimeoutError:
             self.close()
             raise WorkerDied("timeout") from None
         except (OSError, frames.FrameError):
             self.close()
-            raise WorkerDied("killed") from None
+            raise WorkerDied("timeout" if late else "killed") from None
         if late:
             raise Interrupted
         return value
@@ -270,29 +294,82 @@ class Worker:
         deadline = time.monotonic() + seconds
         while True:
             left = deadline - time.monotonic()
-            ready = frames.readable((response_fd, pidfd), min(left, _LOOK))
+            ready = frames.ready((response_fd, pidfd), min(left, _LOOK))
             # What it wrote before it ended is still in the pipe.
-            if ready == [pidfd] and not frames.readable((response_fd,), 0):
+            if ready == [pidfd] and not frames.ready((response_fd,), 0):
                 raise frames.FrameError("the worker has ended")
             if ready or left <= _LOOK:
                 return bool(ready)
-            if overfull(self._folder, self._server.limits):
-                self.close()
-                raise WorkerDied("output_limit")
+            self._look()
+
+    def _look(self) -> None:
+        """Raises WorkerDied if its folder is too full."""
+        if overfull(self._folder, self._server.limits):
+            self.close()
+            raise WorkerDied("output_limit")
+
+    def _signal(self, number: signal.Signals) -> None:
+        with self._closing:
+            if self._fds is not None:
+                signal.pidfd_send_signal(self._fds[2], number)
+
+    def kill(self) -> None:
+        """End the process, also while another thread calls it: that call ends as killed."""
+        with contextlib.suppress(OSError):
+            self._signal(signal.SIGKILL)
 
     @property
     def alive(self) -> bool:
-        """False once it was closed or found dead."""
-        return self._fds is not None
+        """False once it was closed, found dead, or has ended by itself."""
+        return self._fds is not None and not frames.ready(self._fds[2:], 0)
 
     def abandon(self) -> None:
-        """Close our ends of its pipes; the process is somebody else's."""
-        for fd in self._fds or ():
-            os.close(fd)
-        self._fds = None
+        """Close our ends of its pipes; the process is somebody else's.
+
+        Takes no lock: in a forked process nobody would let go of one that was held.
+        """
+        fds, self._fds = self._fds, None
+        _close(fds or ())
 
     def close(self) -> None:
         """End the process and all it started; harmless when repeated."""
-        if self._fds is not None:
+        with self._closing:
+            gone = self._fds is None
             self.abandon()
+        if not gone:
             self._server.forget(self)
+
+
+def _pipes() -> tuple[tuple[int, int], tuple[int, int]]:
+    """Two pipes (read, write); the second of four ends does not block."""
+    fds: list[int] = []
+    try:
+        for _ in range(2):
+            fds += os.pipe()
+        os.set_blocking(fds[1], False)  # a worker that does not read must not hold us
+    except OSError as error:
+        _close(fds)
+        raise _no_descriptors(error) from None
+    return (fds[0], fds[1]), (fds[2], fds[3])
+
+
+def _no_descriptors(error: OSError) -> ForkServerError:
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return ForkServerError(
+        f"tool: no pipes for another process ({error.strerror}); each takes three descriptors, of "
+        f"which this process may have {most} (`ulimit -n`)"
+    )
+
+
+def _close(fds: Iterable[int]) -> None:
+    for fd in fds:
+        os.close(fd)
+
+
+def _after_fork() -> None:
+    # A child that kept our ends of the pipes would keep the zygote alive after us.
+    for server in list(_servers):
+        server.abandon()
+
+
+os.register_at_fork(after_in_child=_after_fork)

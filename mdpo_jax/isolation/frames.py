@@ -53,12 +53,19 @@ def read_frame(
         raise FrameError(f"not a JSON frame: {error}") from None
 
 
-def readable(fds: Sequence[int], seconds: float) -> list[int]:
+def ready(fds: Sequence[int], seconds: float) -> list[int]:
     """Those of the descriptors that have something to read, or have ended, within so many seconds."""
     poll = select.poll()
     for fd in fds:
         poll.register(fd, select.POLLIN)
-    return [fd for fd, _ in poll.poll(max(0.0, seconds) * 1000)]
+    return [fd for fd, _ in poll.poll(_milliseconds(seconds))]
+
+
+def drain(fd: int) -> None:
+    """Throw away what is there to read; FrameError if the other side has ended."""
+    while ready((fd,), 0):
+        if not _read_fd(fd, 1 << 16):
+            raise FrameError("the other side has ended")
 
 
 def _read(fd: int, count: int, deadline: float | None) -> bytes:
@@ -78,5 +85,9 @@ def _await(fd: int, event: int, deadline: float) -> None:
     poll = select.poll()
     poll.register(fd, event)
     left = deadline - time.monotonic()
-    if left <= 0 or not poll.poll(left * 1000):
+    if left <= 0 or not poll.poll(_milliseconds(left)):
         raise TimeoutError
+
+
+def _milliseconds(seconds: float) -> float:
+    return min(max(0.0, seconds) * 1000, 1e9)  # poll takes an int of 32 bits

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
+import functools
+import glob
 import itertools
 import os
 import resource
 import signal
+import subprocess
 import sys
 from collections.abc import Collection
 from typing import Literal
@@ -37,13 +41,16 @@ class Limits:
     """Bounds of one child: bytes of address space and of a file, CPU seconds, files, processes.
 
     folder_bytes, folder_entries: of all that it may keep in its folder; the supervisor looks.
+    cpu_seconds: over all its calls; a last resort, for each call has its own deadline.
+    processes: that an ordinary user may have beside those that were there, where no filter refuses
+    to fork; the kernel counts threads, and all of the user's.
     """
 
     address_space_bytes: int = 2048 * MIB
     file_bytes: int = 16 * MIB
     folder_bytes: int = 256 * MIB
     folder_entries: int = 20_000
-    cpu_seconds: int = 120
+    cpu_seconds: int = 3600
     open_files: int = 64
     processes: int = 64
 
@@ -83,19 +90,15 @@ def probe(level: Level) -> Protection:
     return found
 
 
-def apply(
-    limits: Limits, folder: str, keep: Collection[int], protection: Protection | None = None
-) -> None:
+def apply(limits: Limits, folder: str, keep: Collection[int], protection: Protection) -> None:
     """Confine this process, for good: call it in the child, right after the fork.
 
     At every level an own session (so that a group kill reaches what it starts), death with the
     parent, /dev/null as standard streams, `folder` as working folder and no inherited file but
     `keep`.  From `limits` on no new privileges, none of root's capabilities (which closes /proc of
-    processes that have them), rlimits, and an environment of four variables; RLIMIT_NPROC binds
-    ordinary users only.  `hardened`: no fork, exec, socket or signal to others, no file outside
-    `folder` but Python's own.
+    processes that have them), rlimits, and an environment of four variables.  `hardened`: no fork,
+    exec, socket or signal to others, no file outside `folder` but Python's own.
     """
-    protection = protection or probe("hardened")
     os.setsid()
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -112,7 +115,7 @@ def apply(
     libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
     os.environ.clear()
     os.environ.update(HOME=folder, PATH="/usr/bin:/bin", LANG="C.UTF-8", TMPDIR=folder)
-    _bound(limits)
+    _bound(limits, count_processes=not protection.seccomp)
     nothing = (ctypes.c_uint32 * 6)()
     if libc.capset((ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0), nothing) != 0:
         raise OSError(ctypes.get_errno(), "capset failed")
@@ -146,13 +149,40 @@ def readable() -> list[str]:
     return [*dict.fromkeys((sys.prefix, sys.base_prefix, package, *_SYSTEM))]
 
 
-def _bound(limits: Limits) -> None:
-    for kind, value in (
-        (resource.RLIMIT_AS, limits.address_space_bytes),
-        (resource.RLIMIT_FSIZE, limits.file_bytes),
-        (resource.RLIMIT_CPU, limits.cpu_seconds),
-        (resource.RLIMIT_NOFILE, limits.open_files),
-        (resource.RLIMIT_NPROC, limits.processes),
-        (resource.RLIMIT_CORE, 0),
-    ):
-        resource.setrlimit(kind, (value, value))
+def remove(folder: str) -> None:
+    """Delete what a child left; shutil's own walk would overflow on a deep enough tree."""
+    try:
+        os.rmdir(folder)  # mostly it is empty
+    except FileNotFoundError:
+        return
+    except OSError:
+        for command in (["/bin/rm", "-rf"], ["/bin/chmod", "-R", "u+rwx"], ["/bin/rm", "-rf"]):
+            if os.path.lexists(folder):
+                subprocess.run([*command, folder], check=False, stderr=subprocess.DEVNULL)
+
+
+@functools.cache
+def threads_of_user() -> int:
+    """How many threads this user has now: what RLIMIT_NPROC counts."""
+    count = 0
+    for tasks in glob.iglob("/proc/[0-9]*/task"):
+        with contextlib.suppress(OSError):  # it has ended while we looked
+            if os.stat(tasks).st_uid == os.getuid():
+                count += len(os.listdir(tasks))
+    return count
+
+
+def _bound(limits: Limits, *, count_processes: bool) -> None:
+    bounds = {
+        resource.RLIMIT_AS: limits.address_space_bytes,
+        resource.RLIMIT_FSIZE: limits.file_bytes,
+        resource.RLIMIT_CPU: limits.cpu_seconds,
+        resource.RLIMIT_NOFILE: limits.open_files,
+        resource.RLIMIT_CORE: 0,
+    }
+    if count_processes:
+        bounds[resource.RLIMIT_NPROC] = threads_of_user() + limits.processes
+    for kind, value in bounds.items():
+        hard = resource.getrlimit(kind)[1]
+        most = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(kind, (most, most))

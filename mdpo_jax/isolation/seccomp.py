@@ -1,5 +1,5 @@
 """A seccomp filter in plain BPF: no exec, no fork, no sockets, no signal to anyone else, no memory
-or priority that the other limits do not count.
+or priority that the other limits do not count, no change of a file's mode, owner or times.
 
 Threads stay allowed, and so does a signal to oneself (abort needs it).  x86-64 only.
 """
@@ -19,6 +19,7 @@ RET_ALLOW = 0x7FFF0000
 RET_KILL = 0x80000000
 RET_EPERM = 0x00050000 | errno.EPERM
 RET_ENOSYS = 0x00050000 | errno.ENOSYS
+RET_NOTHING = 0x00050000  # the call says that it has worked, and has done nothing
 AUDIT_ARCH_X86_64 = 0xC000003E
 X32_BIT = 0x40000000
 
@@ -37,7 +38,17 @@ REFUSED = {
     "io_uring_enter": 426, "io_uring_register": 427, "pidfd_open": 434, "pidfd_getfd": 438,
     "memfd_create": 319, "memfd_secret": 447, "inotify_init1": 294, "fanotify_init": 300,
     "sched_setscheduler": 144, "sched_setattr": 314, "ioprio_set": 251,
-    "setpriority": 141, "kexec_load": 246,
+    "setpriority": 141, "kexec_load": 246, "sched_setaffinity": 203, "sched_setparam": 142,
+    "migrate_pages": 256, "move_pages": 279,
+}  # fmt: skip
+# Landlock lets these through for any file, outside the folder too.  They are not refused, since a
+# copy of a file that the cell may well make sets modes and times.
+IGNORED = {
+    "chmod": 90, "fchmod": 91, "fchmodat": 268, "fchmodat2": 452, "chown": 92, "fchown": 93,
+    "lchown": 94, "fchownat": 260, "setxattr": 188, "lsetxattr": 189, "fsetxattr": 190,
+    "removexattr": 197, "lremovexattr": 198, "fremovexattr": 199, "setxattrat": 463,
+    "removexattrat": 466, "utime": 132, "utimes": 235, "futimesat": 261, "utimensat": 280,
+    "file_setattr": 469,
 }  # fmt: skip
 CLONE, CLONE3, KILL, TGKILL, FCNTL, PRCTL, PRLIMIT64 = 56, 435, 62, 234, 72, 157, 302
 CLONE_THREAD = 0x00010000
@@ -72,6 +83,7 @@ def install(libc: ctypes.CDLL) -> None:
 def program(pid: int) -> bytes:
     """The BPF code for the process `pid`: 8 bytes an instruction."""
     rules = b"".join(_when(number, _ret(RET_EPERM)) for number in REFUSED.values())
+    rules += b"".join(_when(number, _ret(RET_NOTHING)) for number in IGNORED.values())
     not_thread = _op(JUMP_SET, CLONE_THREAD, 1, 0) + _ret(RET_EPERM) + _ret(RET_ALLOW)
     only_self = _op(JUMP_EQ, pid, 1, 0) + _ret(RET_EPERM) + _ret(RET_ALLOW)
     no_owner = _op(JUMP_EQ, F_SETOWN, 1, 0) + _op(JUMP_EQ, F_SETOWN_EX, 0, 1)

@@ -1,7 +1,6 @@
 """The process that forks workers: a warm interpreter that does nothing else.
 
-Run as `python -s zygote.py PACKAGE_ROOT SOCKET_FD OPTIONS`.  It is the parent of every worker, so
-it alone may kill and reap them without racing against a reused process id.
+It is the parent of every worker, so it alone may reap them: until then a worker's id is its own.
 """
 
 from __future__ import annotations
@@ -15,39 +14,41 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import tempfile
 from typing import Any
+
+from mdpo_jax.isolation import frames, landlock, sandbox
 
 _PR_SET_CHILD_SUBREAPER = 36
 
 
-def main(root: str, socket_fd: str, options: str) -> None:
+def main(socket_fd: str, options: str) -> None:
     """Serve requests until the parent's end of the socket closes; then leave nothing behind."""
-    sys.path.insert(0, root)
     settings = json.loads(options)
-    # What a child needs is imported here, once, and not in each child.
-    for name in ("mdpo_jax.isolation.frames", "mdpo_jax.isolation.sandbox", *settings["preload"]):
+    # What a child needs is imported, and asked of the kernel, here: once, and not in each child.
+    for name in settings["preload"]:
         importlib.import_module(name)
-    importlib.import_module("mdpo_jax.isolation.landlock").version()  # asked once, for all
+    landlock.version()
+    sandbox.threads_of_user()
     module, _, function = settings["target"].partition(":")
     make_handler = getattr(importlib.import_module(module), function)
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is the parent's to handle
+    # The terminal's and the operator's signals are the parent's to handle; its end is ours.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     gc.collect()
     gc.freeze()  # children then share the pages of what is loaded
     channel = socket.socket(fileno=int(socket_fd))
     folder = tempfile.mkdtemp(prefix="mdpo-")
     workers: dict[int, str] = {}
-    channel.send(b'{"ready": true}')
+    channel.send(json.dumps({"folder": folder}).encode())
     try:
         while _serve(channel, folder, workers, make_handler, settings):
             pass
     finally:
         for pid in list(workers):
             _kill(pid, workers)
-        _remove(folder)
+        sandbox.remove(folder)
 
 
 def _serve(channel, folder: str, workers: dict[int, str], make_handler, settings) -> bool:
@@ -59,6 +60,7 @@ def _serve(channel, folder: str, workers: dict[int, str], make_handler, settings
     if request["do"] == "fork":
         for _, _, raw in ancillary:
             fds.frombytes(raw)
+        os.chmod(folder, 0o700)  # an unfiltered cell of the same user may have closed it
         own = tempfile.mkdtemp(dir=folder)
         pid = os.fork()
         if pid == 0:
@@ -68,35 +70,27 @@ def _serve(channel, folder: str, workers: dict[int, str], make_handler, settings
             os.close(fd)
         channel.send(json.dumps({"pid": pid, "folder": own}).encode())
     elif request["do"] == "kill":
-        channel.send(json.dumps({"status": _kill(request["pid"], workers)}).encode())
+        _kill(request["pid"], workers)
+        channel.send(b"{}")
     return True
 
 
-def _kill(pid: int, workers: dict[int, str]) -> int | None:
+def _kill(pid: int, workers: dict[int, str]) -> None:
     """End a worker's whole group, reap it, and sweep what escaped into other sessions."""
     folder = workers.pop(pid, None)
     if folder is None:
-        return None
+        return
     with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)
     with contextlib.suppress(ProcessLookupError):  # killed before it had its own group
         os.kill(pid, signal.SIGKILL)
-    _, status = os.waitpid(pid, 0)
+    os.waitpid(pid, 0)
     for stray in _children() - workers.keys():
         with contextlib.suppress(ProcessLookupError):
             os.kill(stray, signal.SIGKILL)
         with contextlib.suppress(ChildProcessError):
             os.waitpid(stray, 0)
-    _remove(folder)
-    return status
-
-
-def _remove(folder: str) -> None:
-    """Delete what a worker left; shutil's own walk would overflow on a deep enough tree."""
-    try:
-        os.rmdir(folder)  # mostly it is empty
-    except OSError:
-        subprocess.run(["/bin/rm", "-rf", folder], check=False, stderr=subprocess.DEVNULL)
+    sandbox.remove(folder)
 
 
 def _children() -> set[int]:
@@ -109,8 +103,6 @@ def _work(request_fd: int, response_fd: int, folder: str, make_handler, argument
     """The child: confine, then answer requests until the pipe closes.  Never returns."""
     code = 1
     try:
-        from mdpo_jax.isolation import frames, sandbox
-
         limits = sandbox.Limits(**settings["limits"])
         protection = sandbox.Protection(**settings["protection"])
         sandbox.apply(limits, folder, (request_fd, response_fd), protection)
@@ -122,7 +114,3 @@ def _work(request_fd: int, response_fd: int, folder: str, make_handler, argument
         code = 0  # the parent closed the pipe: the trajectory is over
     finally:
         os._exit(code)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -15,7 +15,7 @@ import numpy as np
 from mdpo_jax.config import ConfigError
 from mdpo_jax.data import packing, pairs, store, synthetic
 from mdpo_jax.data.problems import load_problems
-from mdpo_jax.environment.determinism import Agreement
+from mdpo_jax.environment.determinism import Rechecks
 from mdpo_jax.pipeline.context import EARLIER, PARAMS, Context, suite
 from mdpo_jax.pipeline.demonstrations import demonstrations
 from mdpo_jax.pipeline.evaluation import Advance, sample
@@ -197,7 +197,7 @@ def rollout(
     problems = read_problems(context, f"iteration-{iteration}")
     size = context.config.rollout.chunk_problems
     first, labels, statuses = 0, Counter[str](), Counter[str]()
-    before_us = context.interpreter.agreement()
+    before_us = context.interpreter.rechecks()
     for path, count in sources:
         loaded = False
         for start in range(0, len(problems), size) if count else ():
@@ -226,7 +226,7 @@ def rollout(
             "rollout: %d tool calls of %d timed out or were killed", lost, statuses.total()
         )
     return {
-        **_agreement(context, before_us),
+        **_rechecks(context, before_us),
         "trajectories": labels.total(),
         "correct": labels["correct"] / max(1, labels.total()),
         "statuses": dict(sorted(statuses.items())),
@@ -235,15 +235,15 @@ def rollout(
     }
 
 
-def _agreement(context: Context, before: Agreement) -> dict[str, int]:
+def _rechecks(context: Context, before: Rechecks) -> dict[str, int]:
     """Tool calls that were run again since `before`, and how many then said something else.
 
     Those of this process: a rollout that was killed and resumed tells of its last part.
     """
     if not context.config.tool.check_determinism:
         return {}
-    now = context.interpreter.agreement()
-    checked, differing = now.checked - before.checked, now.disagreed - before.disagreed
+    now = context.interpreter.rechecks()
+    checked, differing = now.checked - before.checked, now.differed - before.differed
     if differing:
         _log.warning("rollout: %d of %d tool calls that were run again differ", differing, checked)
     return {"rechecked_calls": checked, "differing_calls": differing}

@@ -13,8 +13,7 @@ Formats as of these pages and files; nothing here was written against a running 
   id, text) of each token.  Log-probs are tempered unless the server runs with
   SGLANG_RETURN_ORIGINAL_LOGPROB=1; `sampling_seed` counts only with
   `--enable-deterministic-inference`.
-- both: `GET /v1/models` (`id`, `max_model_len`), `POST /tokenize` (`tokens`), in vLLM's `serve/tokenize` and SGLang's
-  `serving_tokenize.py`.
+- both: `GET /v1/models` (`id`, `max_model_len`) and `POST /tokenize` (`tokens`).
 
 Every sampling parameter is sent, for both servers take what is missing from generation_config.json.
 """

@@ -95,7 +95,7 @@ def test_a_killed_fork_server_is_replaced_and_state_rebuilt():
     with PythonInterpreter(preload=(), timeout=5) as tool:
         session = tool.start("a")
         run(session, "x = 6")
-        os.kill(tool._servers.warm.pid, signal.SIGKILL)
+        os.kill(tool.servers.warm.pid, signal.SIGKILL)
         assert run(session, "x * 7").text == "42"
 
 
@@ -103,7 +103,7 @@ def test_closing_leaves_no_process():
     tool = PythonInterpreter(preload=(), timeout=5)
     sessions = [tool.start(str(i)) for i in range(4)]
     pids = [run(s, "import os\nos.getpid()").text for s in sessions]
-    zygote = tool._servers.warm.pid
+    zygote = tool.servers.warm.pid
     tool.close()
     for pid in [*map(int, pids), zygote]:
         assert not os.path.exists(f"/proc/{pid}")
@@ -114,7 +114,7 @@ def test_a_killed_parent_leaves_no_process():
         "from mdpo_jax.environment.interpreter import PythonInterpreter as I\n"
         "t = I(preload=(), timeout=9)\n"
         "o = t.start('a').run('```python\\nimport os\\nos.getpid()\\n```').result()\n"
-        "print(o.text, t._servers.warm.pid, flush=True)\n"
+        "print(o.text, t.servers.warm.pid, flush=True)\n"
         "import time; time.sleep(60)"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)

@@ -1,7 +1,9 @@
 """Deadlines, deaths, levels and semantics: how a call ends, and what is left of the trajectory."""
 
 import asyncio
+import dataclasses
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -87,12 +89,96 @@ def test_a_death_is_seen_though_a_child_holds_the_pipes():
     ],
 )
 def test_a_folder_that_fills_up_ends_its_process(code):
-    with PythonInterpreter(preload=(), timeout=20) as tool:
+    if os.getuid() == 0 and "chmod" in code:
+        pytest.skip("root looks into every folder")
+    level = "limits" if "chmod" in code else "hardened"  # hardened, chmod does nothing
+    with PythonInterpreter(preload=(), timeout=20, sandbox=level) as tool:
         session = tool.start("full")
-        if os.getuid() == 0 and "chmod" in code:
-            pytest.skip("root looks into every folder")
         assert run(session, code)[1] == "output_limit"
         assert run(session, "import os\nos.listdir('.')") == ("[]", "ok")
+
+
+def test_a_folder_is_looked_at_after_short_calls_too():
+    with PythonInterpreter(preload=(), timeout=20) as tool:
+        server = tool.servers.light
+        server.limits = dataclasses.replace(server.limits, folder_bytes=2 * 10**6)
+        session = tool.start("short")
+        assert run(session, "open('a', 'wb').write(bytes(10**6))") == ("1000000", "ok")
+        assert run(session, "open('b', 'wb').write(bytes(10**6))")[1] == "output_limit"
+
+
+def test_what_a_cell_left_running_is_stopped_between_calls(tool):
+    session = tool.start("idle")
+    count = "import threading, time\nn = 0\ndef up():\n  global n\n"
+    count += "  while True: n += 1; time.sleep(0.01)"
+    run(session, f"{count}\nthreading.Thread(target=up, daemon=True).start()")
+    before = int(run(session, "n")[0])
+    time.sleep(0.5)
+    assert int(run(session, "n")[0]) - before < 20
+    session.close()
+
+
+def test_closing_ends_a_call_that_is_running():
+    with PythonInterpreter(preload=(), timeout=60) as tool:
+        a, b = tool.start("a"), tool.start("b")
+        calls = [s.run_cell("import time\ntime.sleep(50)") for s in (a, b)]
+        time.sleep(0.5)
+        start = time.monotonic()
+        a.close()
+        assert calls[0].result(timeout=20).status == "killed"
+        assert a.run_cell("1").result(timeout=20).status == "refused"
+    assert calls[1].result(timeout=20).status == "killed"
+    assert time.monotonic() - start < 20
+
+
+def test_a_forked_child_of_ours_keeps_nothing_alive():
+    code = (
+        "import os, time\nfrom mdpo_jax.environment.interpreter import PythonInterpreter as I\n"
+        "t = I(preload=(), timeout=99)\n"
+        "o = t.start('a').run_cell('import os\\nos.getpid()').result()\n"
+        "if os.fork() == 0: time.sleep(60)\n"
+        "print(o.text, t.servers.warm.pid, flush=True)\ntime.sleep(60)"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    pids = parent.stdout.readline().split()
+    try:
+        parent.kill()
+        parent.wait()
+        deadline = time.monotonic() + 20
+        while any(os.path.exists(f"/proc/{p}") for p in pids) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not any(os.path.exists(f"/proc/{p}") for p in pids)
+    finally:
+        os.killpg(parent.pid, signal.SIGKILL)
+
+
+def test_running_out_of_descriptors_is_named_and_hurts_no_session():
+    code = (
+        "import resource\nfrom mdpo_jax.environment.interpreter import PythonInterpreter as I\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))\nt = I(preload=(), timeout=9)\n"
+        "first = t.start('0')\nfirst.run_cell('x = 1').result()\nkept = []\n"
+        "try:\n  while True:\n    kept.append(t.start('s'))\n    kept[-1].run_cell('1').result()\n"
+        "except Exception as error: print(error)\n"
+        "print(len(kept) > 5, first.run_cell('x').result().text)\nt.close()"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    said, last = out.stdout.splitlines()
+    assert said.startswith("tool: no pipes for another process (Too many open files)")
+    assert said.endswith("may have 40 (`ulimit -n`)")
+    assert last == "True 1"
+
+
+def test_the_folder_of_a_killed_server_does_not_stay():
+    with PythonInterpreter(preload=(), timeout=9) as tool:
+        session = tool.start("a")
+        folder = os.path.dirname(run(session, "import os\nos.getcwd()")[0].strip("'"))
+        os.kill(tool.servers.warm.pid, signal.SIGTERM)  # the end of it is ours to decide
+        assert run(session, "1") == ("1", "ok")
+        os.kill(tool.servers.warm.pid, signal.SIGKILL)
+        assert run(tool.start("b"), "2") == ("2", "ok")  # a new process, and so a new server
+        assert not os.path.exists(folder)
 
 
 def test_it_can_be_awaited(tool):
@@ -133,34 +219,35 @@ def test_a_replay_starts_from_nothing_each_time():
 
 
 @pytest.mark.parametrize(
-    ("codes", "checked", "disagreed"),
+    ("codes", "checked", "differed"),
     [
         (("import random\nx = random.random()\nx", "print(x)\n1/0", "len({1, 'a'})"), 3, 0),
         (("import time\nt = time.time_ns()\nt", "t", "1 + 1"), 3, 2),
     ],
 )
-def test_a_tool_that_says_something_else_the_second_time_is_found(codes, checked, disagreed):
+def test_a_tool_that_says_something_else_the_second_time_is_found(codes, checked, differed):
     with PythonInterpreter(preload=(), timeout=5, check_determinism=1.0) as tool:
         session = tool.start("s")
         for code in codes:
             run(session, code)
-        found = tool.agreement()
-        assert (found.checked, found.disagreed) == (checked, disagreed)
-        assert found.rate == disagreed / checked
-        assert len(found.examples) == disagreed
+        found = tool.rechecks()
+        assert (found.checked, found.differed) == (checked, differed)
+        assert found.rate == differed / checked
+        assert len(found.examples) == differed
 
 
-def test_a_share_of_the_calls_is_checked_and_none_that_was_cut():
-    with PythonInterpreter(preload=(), timeout=0.5, check_determinism=0.5) as tool:
+@pytest.mark.parametrize("cache", [False, True])
+def test_a_share_of_the_calls_is_checked_and_none_that_was_cut(cache):
+    with PythonInterpreter(preload=(), timeout=0.5, check_determinism=0.5, cache=cache) as tool:
         for i in range(40):
-            run(tool.start(f"{i}"), "1")
-        assert 5 < tool.agreement().checked < 35
+            run(tool.start(f"{i}"), f"{i}")
+        assert 5 < tool.rechecks().checked < 35
     with PythonInterpreter(preload=(), timeout=0.5, check_determinism=1.0) as tool:
         session = tool.start("cut")
         run(session, "while True: pass")
         run(session, "1")  # its process holds what the cut cell left
-        assert tool.agreement().checked == 0
-        assert tool.agreement().rate is None
+        assert tool.rechecks().checked == 0
+        assert tool.rechecks().rate is None
     with pytest.raises(ValueError, match=r"check_determinism: 1\.5; expected a share from 0 to 1"):
         PythonInterpreter(check_determinism=1.5)
 
@@ -170,9 +257,9 @@ def test_a_trajectory_gets_the_warm_modules_when_it_names_one():
         session = tool.start("w")
         look = "import sys\n'num' + 'py' in sys.modules"
         assert run(session, f"a = 40\n{look}") == ("False", "ok")
-        assert tool._servers.warm.pid is None  # nobody has waited for its imports
+        assert tool.servers.warm.pid is None  # nobody has waited for its imports
         assert run(session, "import numpy\nint(numpy.add(a, 2))") == ("42", "ok")
-        assert tool._servers.warm.pid is not None
+        assert tool.servers.warm.pid is not None
         draw = "import numpy as np\nfloat(np.random.rand())"
         assert run(tool.start("k"), draw) == run(tool.start("k"), draw)
         assert run(tool.start("k"), draw) != run(tool.start("l"), draw)
@@ -187,6 +274,9 @@ def test_a_level_that_cannot_be_had_is_refused(monkeypatch):
         PythonInterpreter(sandbox="hard")
     with pytest.raises(ValueError, match="semantics: 'x'; expected one of live, replay"):
         PythonInterpreter(semantics="x")
+    for preload in (("nump",), "numpy"):
+        with pytest.raises(ValueError, match=r"preload: .*nump.*expected names of modules"):
+            PythonInterpreter(preload=preload)
 
 
 def test_without_landlock_or_filter_hardened_goes_on_and_says_so(monkeypatch, caplog):

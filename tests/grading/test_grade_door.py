@@ -56,7 +56,7 @@ def test_bad_rows_are_set_aside_with_their_reasons(tmp_path, capsys):
         ([], [], "no usable row; it is empty"),
         ([json.dumps(GOOD[0])], ["--threads=0"], "--threads=0; expected more than 0"),
         ([json.dumps(GOOD[0])], ["--cases=/nowhere/x"], "no such file"),
-        ([json.dumps(GOOD[0])], ["--out=/nowhere/x"], "expected a file in a folder that exists"),
+        ([json.dumps(GOOD[0])], ["--out=/nowhere/x"], "a new one, in a folder that exists"),
     ],
 )
 def test_wrong_input_is_one_line_and_2(tmp_path, capsys, lines, more, words):

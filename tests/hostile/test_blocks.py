@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from mdpo_jax.environment.interpreter import PythonInterpreter
-from mdpo_jax.isolation import seccomp
+from mdpo_jax.isolation import landlock, seccomp
 
 hardened = pytest.mark.skipif(not seccomp.supported(), reason="no seccomp on this machine")
 FORGED = b'{"text": "FORGED", "status": "ok"}'
@@ -107,6 +107,34 @@ def test_a_worker_that_stops_reading_holds_nobody(attack):
 def test_what_the_filter_refuses(attack, code):
     seen = attack(code)
     assert (seen.status, seen.text.split(":")[0]) == ("error", "PermissionError")
+
+
+@pytest.mark.skipif(not landlock.version() or not seccomp.supported(), reason="not hardened")
+def test_files_and_processes_outside_keep_their_settings(tool, tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("x")
+    victim.chmod(0o600)
+    before, mine = victim.stat(), os.sched_getaffinity(0)
+    code = f"""
+import os, shutil
+v = {str(victim)!r}
+for change in (lambda: os.chmod(v, 0o777), lambda: os.utime(v, (0, 0)),
+               lambda: os.setxattr(v, "user.x", b"y"), lambda: os.chown(v, 1, 1),
+               lambda: os.sched_setaffinity({os.getpid()}, [0]),
+               lambda: os.chmod(os.path.dirname(os.getcwd()), 0)):
+    try: change()
+    except OSError: pass
+open("a", "w").write("kept")
+shutil.copy("a", "b")
+open("b").read()"""
+    assert run(tool.start("settings"), code).text == "'kept'"
+    after = victim.stat()
+    assert (after.st_mode, after.st_mtime, after.st_uid) == (
+        before.st_mode, before.st_mtime, before.st_uid,
+    )  # fmt: skip
+    assert os.listxattr(victim) == []
+    assert os.sched_getaffinity(0) == mine
+    assert run(tool.start("next"), "1").text == "1"
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="between processes of one plain user /proc is open")

@@ -6,7 +6,7 @@ import pytest
 
 from mdpo_jax.chat import ChatError
 from mdpo_jax.pipeline.context import Context
-from mdpo_jax.pipeline.stages import _agreement
+from mdpo_jax.pipeline.stages import _rechecks
 from mdpo_jax.recipes import parse
 
 
@@ -47,11 +47,11 @@ def test_a_rollout_tells_how_often_its_tool_said_something_else(tmp_path):
         tool = context.interpreter
         assert (tool.semantics, tool.protection, tool.timeout) == ("replay", "limits", 5)
         tool.start("a").run_cell("1").result()
-        before = tool.agreement()
+        before = tool.rechecks()
         session = tool.start("b")
         session.run_cell("import time\nt = time.time_ns()").result()
         session.run_cell("t").result()
-        assert _agreement(context, before) == {"rechecked_calls": 2, "differing_calls": 1}
+        assert _rechecks(context, before) == {"rechecked_calls": 2, "differing_calls": 1}
     plain = Context(parse(["--config=tiny"]), tmp_path)
-    assert _agreement(plain, plain.interpreter.agreement()) == {}
+    assert _rechecks(plain, plain.interpreter.rechecks()) == {}
     plain.close()

@@ -10,8 +10,13 @@ import hashlib
 import json
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
+from mdpo_jax.checks import ConfigError as ConfigError
+from mdpo_jax.checks import above_zero as _above_zero
+from mdpo_jax.checks import at_least as _at_least
+from mdpo_jax.checks import require as _require
+from mdpo_jax.checks import share as _share
+from mdpo_jax.endpoints import TRANSPORT, Endpoints
 from mdpo_jax.methods import METHODS, Method, MethodName, inconsistency
 
 # As in chat.py, which is a floor above and has one of these names for each template.
@@ -20,35 +25,8 @@ ChatName = Literal[
 ]
 
 
-class ConfigError(ValueError):
-    """A wrong configuration; the message names the field, the value and what is accepted."""
-
-
 class StepZeroError(RuntimeError):
     """With policy = reference the first log-ratios are not 0: their weights or forwards differ."""
-
-
-def _require(ok: bool, field: str, value: object, accepted: str) -> None:
-    if not ok:
-        raise ConfigError(f"config.{field}={value!r}: expected {accepted}")
-
-
-def _at_least(least: int, section: str, values: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(values, name)
-        _require(value >= least, f"{section}.{name}", value, f"at least {least}")
-
-
-def _above_zero(section: str, values: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(values, name)
-        _require(value > 0, f"{section}.{name}", value, "more than 0")
-
-
-def _share(section: str, values: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(values, name)
-        _require(0 <= value <= 1, f"{section}.{name}", value, "a number from 0 to 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -159,21 +137,14 @@ class SFT:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Rollout:
+class Rollout(Endpoints):
     """Sampling with the tool.
 
     samples from the current policy and previous_samples from the one before (the paper: 20 + 10).
     max_turns is H; turn_tokens and trajectory_tokens bound what the policy may generate.
     slots: rows decoded together.  chunk_problems: problems sampled and stored as one unit, the
     most that a kill can lose.  context: cache length, prompt and observations included.
-    backend: `local` decodes here; `http` asks servers, `slots` trajectories at a time.
-    servers: comma-separated base URLs, all of one server_kind.  served_model: the name that they must
-    serve; empty for any.  request_timeout: seconds of one turn.  retries: of one request.
-    reload_command: loads new weights into the servers, with {path} for the folder and, if it is to
-    run once a server, {server} for the URL; without one, SGLang's update_weights_from_disk is used
-    and vLLM keeps what it has.
-    fingerprint_tolerance: mean |difference| of log-probs, in nats a token, between a server and the
-    policy, above which the server is refused.
+    backend, servers and the like: see Endpoints.
     """
 
     samples: int = 20
@@ -188,16 +159,9 @@ class Rollout:
     chunk_problems: int = 32
     block: int = 16
     decode_dtype: Literal["float32", "bfloat16"] = "float32"
-    backend: Literal["local", "http"] = "local"
-    server_kind: Literal["vllm", "sglang"] = "vllm"
-    servers: str = ""
-    served_model: str = ""
-    request_timeout: float = 600.0
-    retries: int = 8
-    reload_command: str = ""
-    fingerprint_tolerance: float = 0.05
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _at_least(1, "rollout", self, "samples", "max_turns", "turn_tokens", "trajectory_tokens")
         _at_least(1, "rollout", self, "observation_tokens", "slots", "chunk_problems", "block")
         _at_least(0, "rollout", self, "previous_samples", "temperature")
@@ -207,36 +171,6 @@ class Rollout:
             self.context,
             f"at least rollout.trajectory_tokens={self.trajectory_tokens}",
         )
-        self._check_servers()
-
-    def _check_servers(self) -> None:
-        _above_zero("rollout", self, "request_timeout", "fingerprint_tolerance")
-        _at_least(0, "rollout", self, "retries")
-        remote, urls, command = self.backend == "http", self.urls, self.reload_command
-        accepted = "comma-separated URLs, http://HOST:PORT, with rollout.backend=http"
-        _require(bool(urls) == remote, "rollout.servers", self.servers, accepted)
-        for url in urls:
-            _require(_is_base_url(url), "rollout.servers", url, "http://HOST[:PORT] or https://...")
-        _require(len(set(urls)) == len(urls), "rollout.servers", self.servers, "each server once")
-        accepted = "a command with {path}, with rollout.backend=http"
-        right = not command or ("{path}" in command and remote)
-        _require(right, "rollout.reload_command", command, accepted)
-
-    @property
-    def urls(self) -> tuple[str, ...]:
-        """Of the servers."""
-        return tuple(u for part in self.servers.split(",") if (u := part.strip().rstrip("/")))
-
-
-def _is_base_url(text: str) -> bool:
-    try:
-        parts = urlsplit(text)
-        bare = not (parts.query or parts.fragment or parts.username)
-        return (
-            parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and bare
-        )
-    except ValueError:  # a port that is no number, half an IPv6 address
-        return False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -530,7 +464,7 @@ class Config:
         """`as_dict` without what does not decide the results: the run's place, and the servers'."""
         fields = self.as_dict()
         del fields["workdir"]
-        for name in ("servers", "served_model", "request_timeout", "retries", "reload_command"):
+        for name in TRANSPORT:
             del fields["rollout"][name]
         return fields
 

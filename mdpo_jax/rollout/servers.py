@@ -155,11 +155,11 @@ class Servers:
         except (OSError, http.client.HTTPException) as error:
             what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             raise _Failed(what, lost=True) from None
-        text = data[:300].decode("utf-8", "replace").strip()
+        text = " ".join(data[:300].decode("utf-8", "replace").split())  # errors are one line
         if status >= 500 or status in _TRANSIENT:
             raise _Failed(f"{path} answered {status}: {text}", busy=status == 429)
         if status != 200:
-            raise ServerRefused(f"{path} answered {status}: {' '.join(text.split())}")
+            raise ServerRefused(f"{path} answered {status}: {text}")
         try:
             return json.loads(data)
         except ValueError:
@@ -249,6 +249,7 @@ class Servers:
                 return refusal
             except _Failed as error:
                 server.error = str(error)
+                server.version = None if error.lost else server.version
             else:
                 server.ready = True
                 return None

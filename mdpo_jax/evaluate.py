@@ -40,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add = parser.add_argument
     add("--checkpoint", help="run, step of one, model folder or hub id; else config.model.path")
-    add("--iteration", type=int, help="of a run; 0 is the SFT policy; else the chosen one")
+    add("--iteration", type=int, help="of a run; 0: SFT; else the chosen one (second form: else 0)")
     add("--split", default="test", help="of the recipe's own problems: test (default) or dev")
     add("--data", help="problem files, comma-separated: GSM8K, MATH or own rows")
     add("--mode", help="tool (default: turns with the interpreter) or cot (one turn, no tool)")
@@ -58,11 +58,16 @@ def _again(options: argparse.Namespace) -> None:
         from rich.console import Console
 
         from mdpo_jax.config import ConfigError
-        from mdpo_jax.pipeline import files, loop
+        from mdpo_jax.pipeline import exporting, files, loop
         from mdpo_jax.reporting.console import results_table
 
     if options.split not in ("dev", "test"):
         raise ConfigError(f"--split={options.split}: expected one of dev, test")
+    if not exporting.is_run(Path(options.checkpoint)):
+        raise ConfigError(
+            f"--checkpoint={options.checkpoint}: not a run directory; expected one, or --config=NAME "
+            "with a model's folder"
+        )
     config = files.read_config(Path(options.checkpoint))
     rows = loop.evaluate_again(config, options.iteration or 0, options.split)
     Console().print(results_table(rows))

@@ -31,7 +31,7 @@ from mdpo_jax.pipeline.exporting import Step, find_step
 from mdpo_jax.pipeline.harness import Asked, Suite, comparable, harness
 from mdpo_jax.pipeline.outcomes import Outcomes, shown
 from mdpo_jax.reporting.console import progress
-from mdpo_jax.reporting.scores import compared, scored
+from mdpo_jax.reporting.scores import TOO_LONG, compared, scored
 from mdpo_jax.rollout.engine import Engine, Request
 from mdpo_jax.types import Problem, Trajectory
 
@@ -49,6 +49,8 @@ def evaluate(asked: Asked) -> Path:
     out = asked.out or _place(asked, config, step)
     with files.held(out, f"--out={out}"):
         loaded = _suites(asked, config, step, out)
+        if against is not None:
+            _same_problems(loaded, against, f"--versus={asked.versus}")
         directory = step.run if step else out
         with contextlib.closing(Context(config, directory, asked.policy)) as context:
             _evaluate(context, asked, step, loaded, out, against)
@@ -224,7 +226,7 @@ def _suites(asked: Asked, config: Config, step: Step | None, out: Path) -> list[
     """A suite for each file, or the recipe's own problems."""
     found: list[Suite] = []
     for path in map(Path, asked.data):
-        name = Path(path.name.removesuffix(".gz")).stem
+        name = _stem(path)
         if any(s.name == name for s in found):
             raise ConfigError(f"--data={path}: a second {name}; expected files of different names")
         read = load_problems(path, out / f"quarantine-{name}.jsonl")
@@ -263,8 +265,13 @@ def _place(asked: Asked, config: Config, step: Step | None) -> Path:
     else:
         policy = str(config.model.path).rstrip("/").removeprefix("/")
         policy = policy.rsplit("/", 1)[-1]
-    names = [Path(path).name.split(".")[0] for path in asked.data] or [asked.split]
+    names = [_stem(path) for path in asked.data] or [asked.split]
     return Path("evaluations") / "-".join([policy.replace("/", "-"), *names, asked.mode])
+
+
+def _stem(path: str | Path) -> str:
+    """A file's name without .jsonl and .gz."""
+    return Path(Path(path).name.removesuffix(".gz")).stem
 
 
 def _claim(out: Path, claim: dict[str, Any]) -> None:
@@ -275,7 +282,8 @@ def _claim(out: Path, claim: dict[str, Any]) -> None:
         raise ConfigError(
             f"--out={out}: holds {others[0]} of something else; expected a new folder"
         )
-    if not path.exists() or not kept.exists() or not kept.stat().st_size:
+    begun = kept.exists() and kept.stat().st_size > 0
+    if not path.exists() or not (begun or (out / files.RESULTS).exists()):
         files.write_json(path, claim)
         return
     known = files.read_json(path)
@@ -304,21 +312,41 @@ def _evaluation(directory: Path) -> dict[str, Any]:
     return results
 
 
-def _versus(
-    ours: dict[str, Any], outcomes: Outcomes, suites: Sequence[Suite], directory: Path,
-    theirs: dict[str, Any],
-) -> dict[str, Any]:  # fmt: skip
-    """Paired differences on each suite, and why they may not be compared."""
+def _same_problems(suites: Sequence[Suite], theirs: dict[str, Any], named: str) -> None:
+    """ConfigError unless each suite was evaluated there too."""
     there = theirs["harness"]["data"]
     for s in suites:
         same = there.get(s.name, {}).get("problems_sha256") == s.as_dict()["problems_sha256"]
         if not same:
             counts = {name: data["problems"] for name, data in there.items()}
             raise ConfigError(
-                f"--versus={directory}: {s.name} with {len(s.problems)} problems is not what was "
-                f"evaluated there ({counts}); expected the same problems"
+                f"{named}: {s.name} with {len(s.problems)} problems is not what was evaluated there "
+                f"({counts}); expected the same problems"
             )
+
+
+def _whole(
+    outcomes: Outcomes, suites: Sequence[Suite], results: dict[str, Any], named: str
+) -> None:  # fmt: skip
+    """ConfigError unless every trajectory that the results count is there."""
+    samples = results["harness"]["sampling"]["samples"]
+    too_long = {s["name"]: s["slices"]["greedy"][TOO_LONG] for s in results["suites"]}
+    for s in suites:
+        missing = outcomes.missing(s, samples) - too_long[s.name]
+        if missing:
+            raise ConfigError(
+                f"{named}: {TRAJECTORIES} lacks those of {missing} problems of {s.name} that "
+                "results.json counts; expected it whole, or a new folder"
+            )
+
+
+def _versus(
+    ours: dict[str, Any], outcomes: Outcomes, suites: Sequence[Suite], directory: Path,
+    theirs: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """Paired differences on each suite, and why they may not be compared."""
     other = Outcomes(directory / TRAJECTORIES, read_only=True)
+    _whole(other, suites, theirs, f"--versus={directory}")
     seed = ours["harness"]["sampling"]["seed"]
     here, elsewhere = (of["harness"]["sampling"]["samples"] for of in (ours, theirs))
     rows = {

@@ -83,7 +83,7 @@ def export(
 def _check_adapter(source: str) -> None:
     """ConfigError unless `source` is of a LoRA run."""
     path = Path(source).expanduser().absolute()
-    run = next((p for p in (path, *path.parents) if _is_run(p)), None)
+    run = next((p for p in (path, *path.parents) if is_run(p)), None)
     if run is None or not files.read_config(run).lora.rank:
         why = "is not of a run" if run is None else "config.lora.rank=0, every weight was trained"
         raise ConfigError(
@@ -97,11 +97,11 @@ def find_step(source: str, iteration: int | None = None) -> Step | None:
     Raises ConfigError for an iteration that is not there, or of what has none.
     """
     path = Path(source).expanduser()
-    if _is_run(path):
+    if is_run(path):
         return _step_of_run(path, iteration)
     if iteration is not None:
         raise ConfigError(f"--iteration={iteration}: {source} is not a run directory")
-    run = next((p for p in path.absolute().parents if _is_run(p)), None)
+    run = next((p for p in path.absolute().parents if is_run(p)), None)
     if run is None or not path.is_dir() or (path / "config.json").exists():
         return None
     names = (stages.PARAMS, f"train/{stages.PARAMS}")
@@ -130,7 +130,7 @@ def _step_of_run(run: Path, iteration: int | None) -> Step:
     return Step(run.absolute(), folder)
 
 
-def _is_run(path: Path) -> bool:
+def is_run(path: Path) -> bool:
     """A run's config.json has sections of ours; a model's has none of them."""
     try:
         fields = files.read_json(path / "config.json")

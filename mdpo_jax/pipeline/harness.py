@@ -81,7 +81,10 @@ class Suite:
 
 
 def harness(context: Context, asked: Asked, suites: Sequence[Suite]) -> dict[str, Any]:
-    """The whole harness, as JSON holds it.  How many slots decode together is no part of it."""
+    """The whole harness, as JSON holds it.
+
+    Slots and block are in it: in bfloat16 a token now and then depends on what is decoded beside it.
+    """
     config, problems = context.config, context.config.problems
     kind = config.rollout.server_kind
     tool: Any = "off"
@@ -94,6 +97,7 @@ def harness(context: Context, asked: Asked, suites: Sequence[Suite]) -> dict[str
         "instruction": COT_INSTRUCTION if asked.mode == "cot" else "",
         "chat": {**context.chat.described(), "system": config.model.system},
         "limits": dataclasses.asdict(context.limits),
+        "batching": {"slots": config.rollout.slots, "block": config.rollout.block},
         "sampling": {
             "greedy": {"samples": 1, "temperature": 0.0},
             "samples": asked.samples,
@@ -120,8 +124,9 @@ def harness(context: Context, asked: Asked, suites: Sequence[Suite]) -> dict[str
 def comparable(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     """Differences in harness of two results, `field: a's -> b's`; none: they may be compared.
 
-    Which policy was evaluated is no difference, nor how many samples (pass@k and maj@k are unbiased
-    for any number), nor the temperature where only one of them has samples.
+    No difference are: which policy was evaluated, the seed, how many samples (pass@k and maj@k are
+    unbiased for any number), the temperature where only one has samples, suites that only one has,
+    and the file of problems that are the same.
     """
     left, right = (_comparable(of["harness"], other["harness"]) for of, other in ((a, b), (b, a)))
     return differences(left, right)
@@ -142,10 +147,15 @@ def content(problems: Sequence[Problem]) -> str:
 
 
 def _comparable(harness: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    sampling = {k: v for k, v in harness["sampling"].items() if k != "samples"}
+    sampling = {k: v for k, v in harness["sampling"].items() if k not in ("samples", "seed")}
     if not harness["sampling"]["samples"] or not other["sampling"]["samples"]:
         del sampling["temperature"]
-    return {**harness, "sampling": sampling}
+    data = {
+        name: {k: v for k, v in suite.items() if k != "file_sha256"}
+        for name, suite in harness["data"].items()
+        if name in other["data"]
+    }
+    return {**harness, "sampling": sampling, "data": data}
 
 
 def _one_of(name: str, value: str, accepted: Sequence[str]) -> None:

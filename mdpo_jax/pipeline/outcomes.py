@@ -57,6 +57,14 @@ class Outcomes:
         more = [of_problem("sampled", p.id, i) for p in suite.problems for i in range(samples)]
         return greedy, more
 
+    def missing(self, suite: Suite, samples: int) -> int:
+        """How many problems of a suite lack an outcome."""
+        wanted = [("greedy", 1), ("sampled", samples)]
+        return sum(
+            not all(self.has(decoding, p.id, i) for decoding, count in wanted for i in range(count))
+            for p in suite.problems
+        )
+
     def __enter__(self) -> Outcomes:
         return self
 

@@ -191,8 +191,9 @@ class _PlainLines:
         parts = [f"{done:g}" if total is None else f"{done:g}/{total:g}"]
         if done and elapsed > 0:
             parts.append(_rate(done / elapsed))
-            if total is not None and done < total:
-                parts.append(f"{_duration((total - done) / self._speed())} left")
+            speed = self._speed()
+            if total is not None and done < total and speed:
+                parts.append(f"{_duration((total - done) / speed)} left")
         if total is None or done >= total:
             parts.append(f"{_duration(elapsed)} elapsed")
         if self._text:
@@ -200,11 +201,11 @@ class _PlainLines:
         line = f"{self._description}: {', '.join(parts)}"
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    def _speed(self) -> float:
-        """Units a second since the first were done: before them, programs are compiled."""
+    def _speed(self) -> float | None:
+        """Units a second since the first were done, if more are: before them, programs are compiled."""
         begun, before = self._first or (self._begun, 0.0)
         if self._completed == before or self._said == begun:
-            begun, before = self._begun, 0.0
+            return None
         return (self._completed - before) / (self._said - begun)
 
 

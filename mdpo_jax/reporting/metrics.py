@@ -177,10 +177,11 @@ def pass_at_k(correct: Int[np.ndarray, " problems"], n: int, k: int) -> float:
     return float(values.mean()) if values.size else math.nan
 
 
-def wilson_interval(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
+def wilson_interval(successes: float, n: int, z: float = 1.96) -> tuple[float, float]:
     """Score interval of a share (Wilson 1927, JASA 22:209), as (low, high) in [0, 1].
 
-    Holds its level near 0 and 1, where the normal interval does not; (0, 1) when n is 0.
+    Holds its level near 0 and 1, where the normal interval does not; (0, 1) when n is 0.  Successes
+    need not be whole: of problems that are right now and then.
     """
     if not 0 <= successes <= n:
         raise MetricsError(f"successes: {successes} of n = {n}; expected 0 <= successes <= n")
@@ -219,15 +220,17 @@ def share_interval(
     """95 % interval of sum(right) / sum(of), each right[i] from 0 to of[i], over problems.
 
     The percentile bootstrap of the ratio: a problem is drawn with all that was sampled on it.  Where
-    nothing or everything is right, each resample says the same and the bootstrap would claim to be
-    certain; there it is Wilson's interval of as many trials as there are problems with of[i] > 0.
+    all problems have one share (nothing is right, say, or there is one problem), each resample says
+    the same and the bootstrap would claim to be certain; there it is Wilson's interval of as many
+    trials as there are problems with of[i] > 0.
     """
     parts, wholes = np.asarray(right, np.float64), np.asarray(of, np.float64)
     parts, wholes = parts[wholes > 0], wholes[wholes > 0]
     if not wholes.size:
         return 0.0, 1.0
-    if not parts.any() or (parts == wholes).all():
-        return wilson_interval(len(parts) if parts.any() else 0, len(parts))
+    each = parts / wholes
+    if (each == each[0]).all():
+        return wilson_interval(len(each) if each[0] == 1 else float(each.sum()), len(each))
     shares = [
         parts[rows].sum(axis=1) / wholes[rows].sum(axis=1)
         for rows in _resampled(parts.size, seed, 2000)
@@ -253,7 +256,8 @@ def paired_interval(
     """Mean of a - b on the same problems with its bootstrap interval over problems.
 
     Paired: what makes a problem hard for both cancels, so the interval is narrower than two
-    separate ones suggest (Efron & Tibshirani 1993, ch. 8).
+    separate ones suggest (Efron & Tibshirani 1993, ch. 8).  Where every problem has one difference,
+    no resample has another: there the interval reaches as far to both sides as Wilson's does from 0.
     """
     left, right = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if left.shape != right.shape:
@@ -263,4 +267,7 @@ def paired_interval(
         )
     difference = left - right
     low, high = bootstrap_interval(difference, seed, samples, level)
+    if (difference == difference[0]).all():
+        reach = wilson_interval(0, difference.size)[1]
+        low, high = max(-1.0, low - reach), min(1.0, high + reach)
     return PairedInterval(float(difference.mean()), low, high)

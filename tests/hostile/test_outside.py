@@ -12,7 +12,7 @@ from outside_blocks import BLOCKS
 from mdpo_jax.environment.interpreter import PythonInterpreter
 from mdpo_jax.isolation import landlock, seccomp
 
-TIMEOUT = 3.0
+TIMEOUT = 2.0
 hardened = seccomp.supported() and landlock.version() > 0
 
 
@@ -34,7 +34,7 @@ def crowd():
             victim.close()
             return seen, seconds, answer
 
-        with ThreadPoolExecutor(4) as pool:
+        with ThreadPoolExecutor(3) as pool:
             found = dict(zip((b.name for b in BLOCKS), pool.map(attack, BLOCKS), strict=True))
         names = _process_names()
     return found, names

@@ -253,9 +253,38 @@ def test_a_comparison_says_whether_it_may_be_made(whole, place, monkeypatch, cap
     a, b = _results(whole), _results(place / "differs")
     assert comparable(a, b) == found["differences"]
     assert comparable(a, a) == []
+    b = json.loads(json.dumps(a))
+    b["harness"]["data"]["math"]["file_sha256"] = "of a gzipped copy"
+    b["harness"]["data"]["more"] = {"problems": 1}
+    b["harness"]["sampling"]["seed"] = 7
+    assert comparable(a, b) == comparable(b, a) == []
+    b["harness"]["batching"]["slots"] += 1
+    assert [line.split(":")[0] for line in comparable(a, b)] == ["batching.slots"]
     fewer = _flags(place, "fewer", *versus, "--problems", "2", data="math")
     assert evaluate.main(fewer) == 2
     assert "math with 2 problems is not what was evaluated there" in capsys.readouterr().err
+
+
+def test_an_evaluation_without_its_trajectories_is_no_evaluation(whole, place, capsys):
+    torn = place / "torn"
+    shutil.copytree(whole, torn)
+    lines = (torn / "trajectories.jsonl").read_text().splitlines(keepends=True)
+    (torn / "trajectories.jsonl").write_text("".join(lines[:-1]))
+    same = _flags(place, "torn-versus", "--samples", "2", "--versus", str(torn), model="other")
+    assert evaluate.main(same) == 2
+    assert "lacks those of 1 problems of" in capsys.readouterr().err
+    (torn / "trajectories.jsonl").unlink()
+    assert evaluate.main(_flags(place, "torn", "--samples", "1")) == 2
+    assert (
+        "holds an evaluation of another kind (sampling.samples: 2 -> 1" in capsys.readouterr().err
+    )
+
+
+def test_a_comparison_of_other_problems_stops_before_anything_is_sampled(whole, place, capsys):
+    flags = _flags(place, "early", "--versus", str(whole), "--problems", "1", data="math")
+    assert evaluate.main(flags) == 2
+    assert "math with 1 problems is not what was evaluated there" in capsys.readouterr().err
+    assert not (place / "early" / "trajectories.jsonl").exists()
 
 
 def test_a_prompt_that_does_not_fit_counts_as_wrong(place, monkeypatch, capsys):

@@ -69,7 +69,7 @@ def test_the_time_left_does_not_count_what_came_before_the_first():
             clock.now += 3
             report(1)
     assert out.getvalue().splitlines() == [
-        "evaluate: 10/50, 0.2/s, 0:04:00 left",  # nothing better is known yet
+        "evaluate: 10/50, 0.2/s",  # nothing is known yet
         "evaluate: 20/50, 0.2/s, 0:01:30 left",
     ]
 

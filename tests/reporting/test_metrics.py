@@ -20,6 +20,7 @@ from mdpo_jax.reporting.metrics import (
     pass_at_k,
     pass_at_k_by_problem,
     read_metrics,
+    share_interval,
     wilson_interval,
 )
 
@@ -210,3 +211,17 @@ def test_a_paired_interval_is_narrower_than_the_spread_of_problems():
     assert result.high < 0.025
     with pytest.raises(MetricsError, match=r"\(3,\) and \(2,\)"):
         paired_interval(np.ones(3), np.ones(2), seed=0)
+
+
+def test_equal_problems_are_no_certainty():
+    low, high = share_interval(np.array([2.0]), np.array([4.0]), 0)
+    assert low < 0.2
+    assert high > 0.8
+    assert paired_interval(np.ones(3), np.zeros(3), 0) == (
+        1.0,
+        pytest.approx(0.4385, abs=1e-3),
+        1.0,
+    )
+    difference, low, high = paired_interval(np.ones(8), np.ones(8), 0)
+    assert (difference, -low) == (0.0, high)
+    assert 0.2 < high < 0.4

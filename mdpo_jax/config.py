@@ -11,6 +11,12 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
+from mdpo_jax.checks import ConfigError as ConfigError
+from mdpo_jax.checks import above_zero as _above_zero
+from mdpo_jax.checks import at_least as _at_least
+from mdpo_jax.checks import require as _require
+from mdpo_jax.checks import share as _share
+from mdpo_jax.endpoints import TRANSPORT, Endpoints
 from mdpo_jax.methods import METHODS, Method, MethodName, inconsistency
 
 # As in chat.py, which is a floor above and has one of these names for each template.
@@ -19,35 +25,8 @@ ChatName = Literal[
 ]
 
 
-class ConfigError(ValueError):
-    """A wrong configuration; the message names the field, the value and what is accepted."""
-
-
 class StepZeroError(RuntimeError):
     """With policy = reference the first log-ratios are not 0: their weights or forwards differ."""
-
-
-def _require(ok: bool, field: str, value: object, accepted: str) -> None:
-    if not ok:
-        raise ConfigError(f"config.{field}={value!r}: expected {accepted}")
-
-
-def _at_least(least: int, section: str, values: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(values, name)
-        _require(value >= least, f"{section}.{name}", value, f"at least {least}")
-
-
-def _above_zero(section: str, values: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(values, name)
-        _require(value > 0, f"{section}.{name}", value, "more than 0")
-
-
-def _share(section: str, values: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(values, name)
-        _require(0 <= value <= 1, f"{section}.{name}", value, "a number from 0 to 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -158,7 +137,7 @@ class SFT:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Rollout:
+class Rollout(Endpoints):
     """Sampling with the tool.
 
     samples from the current policy and previous_samples from the one before (the paper: 20 + 10).
@@ -168,6 +147,7 @@ class Rollout:
     most that a kill can lose.  context: cache length, prompt and observations included.
     collect: `fixed` waits for a tool after one block of decoding, and a rerun repeats every bit;
     `arrival` decodes on, for slow tools, and the last bits of log-probs depend on timing.
+    backend, servers and the like: see Endpoints.
     """
 
     samples: int = 20
@@ -187,11 +167,15 @@ class Rollout:
     collect: Literal["fixed", "arrival"] = "fixed"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _at_least(1, "rollout", self, "samples", "max_turns", "turn_tokens", "trajectory_tokens")
         _at_least(1, "rollout", self, "observation_tokens", "slots", "chunk_problems", "block")
         _at_least(0, "rollout", self, "previous_samples", "temperature", "top_k")
         right = 0 < self.top_p <= 1
         _require(right, "rollout.top_p", self.top_p, "a number above 0 and at most 1")
+        if self.backend == "http":
+            _require(self.top_k == 0, "rollout.top_k", self.top_k, "0 with rollout.backend=http")
+            _require(self.top_p == 1, "rollout.top_p", self.top_p, "1 with rollout.backend=http")
         _require(
             self.context >= self.trajectory_tokens,
             "rollout.context",
@@ -487,7 +471,15 @@ class Config:
         """Plain nested dict, as written beside the run."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
+    def deciding(self) -> dict[str, Any]:
+        """`as_dict` without what does not decide the results: the run's place, and the servers'."""
+        fields = self.as_dict()
+        del fields["workdir"]
+        for name in TRANSPORT:
+            del fields["rollout"][name]
+        return fields
+
     def fingerprint(self) -> str:
-        """Hash of everything that decides the run's results; the run's place is not part of it."""
-        fields = {k: v for k, v in self.as_dict().items() if k != "workdir"}
+        """Hash of everything that decides the run's results."""
+        fields = self.deciding()
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]

@@ -46,6 +46,7 @@ def guarded(work: Callable[[], None], then: str = "the same command resumes") ->
     then: what a user who was interrupted is told.
     """
     from mdpo_jax.isolation.forkserver import ForkServerError
+    from mdpo_jax.rollout.servers import ServersGone
 
     try:
         work()
@@ -54,7 +55,7 @@ def guarded(work: Callable[[], None], then: str = "the same command resumes") ->
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, FileNotFoundError, FileExistsError) as error:
         return _said("error", error, EXIT_INPUT)
-    except ForkServerError as error:
+    except (ForkServerError, ServersGone) as error:
         return _said("interrupted", error, EXIT_RESUMABLE, f"; {then}")
     except OSError as error:
         if error.errno in _INPUT_ERRNOS:

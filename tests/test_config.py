@@ -73,6 +73,41 @@ def test_the_fingerprint_ignores_the_place_and_sees_the_rest():
     assert differences(base.as_dict(), other.as_dict()) == ["train.eta: 1.0 -> 0.5"]
 
 
+def on_servers(*fields):
+    http = ["--config.rollout.backend=http", "--config.rollout.servers=http://a:1, http://b:2/"]
+    return parse(["--config=tiny", *http, *(f"--config.rollout.{f}" for f in fields)])
+
+
+def test_where_the_servers_are_does_not_decide_the_results():
+    base = on_servers()
+    assert base.rollout.urls == ("http://a:1", "http://b:2")
+    moved = on_servers("servers=https://c", "retries=1", "request_timeout=5", "served_model=m")
+    assert moved.fingerprint() == base.fingerprint()
+    assert on_servers("server_kind=sglang").fingerprint() != base.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ("servers=", "rollout.servers='': expected comma-separated URLs"),
+        ("backend=local", "with rollout.backend=http"),
+        ("servers=a:1", "rollout.servers='a:1': expected http://HOST"),
+        ("servers=http://a,ftp://b", "rollout.servers='ftp://b': expected http://HOST"),
+        ("servers=http://a:x", "rollout.servers='http://a:x'"),
+        ("servers=http://u:p@a", "rollout.servers='http://u:p@a'"),
+        ("servers=http://a,http://a/", "expected each server once"),
+        ("server_kind=tgi", "expected one of vllm, sglang"),
+        ("reload_command=restart", "expected a command with {path}"),
+        ("request_timeout=0", "rollout.request_timeout=0.0: expected more than 0"),
+        ("retries=-1", "rollout.retries=-1: expected at least 0"),
+    ],
+)
+def test_wrong_servers_are_told_in_one_line(field, message):
+    with pytest.raises(ConfigError) as caught:
+        on_servers(field)
+    assert message in str(caught.value)
+
+
 def test_every_field_is_described():
     rows = {flag: (kind, value) for flag, kind, value in describe(load_recipe("tiny"))}
     assert rows["--config.method"] == (f"one of {', '.join(METHODS)}", "'mdpo'")

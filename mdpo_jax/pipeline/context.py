@@ -27,6 +27,7 @@ from mdpo_jax.model.policy import Policy, load_policy
 from mdpo_jax.pipeline.files import stage
 from mdpo_jax.pipeline.parameters import Adapters, Parameters
 from mdpo_jax.rollout.engine import Engine, Limits
+from mdpo_jax.rollout.remote import RemoteEngine, RemoteSampler
 from mdpo_jax.rollout.sampler import Sampler
 from mdpo_jax.rollout.sampling import Sampling
 from mdpo_jax.rollout.shapes import Shapes
@@ -147,9 +148,11 @@ class Context:
         return grader
 
     @functools.cached_property
-    def sampler(self) -> Sampler:
-        """One sampler for all policies of the run: it compiles once."""
+    def sampler(self) -> Sampler | RemoteSampler:
+        """One sampler for all policies of the run: it compiles once, or has its servers."""
         r = self.config.rollout
+        if r.backend == "http":
+            return RemoteSampler(r, self.chat, self.policy, self.directory / "served")
         shapes = Shapes.make(r.slots, r.context, r.block)
         return Sampler(self.shape, shapes, self.chat.stop_ids, r.decode_dtype)
 
@@ -164,10 +167,15 @@ class Context:
     @functools.cached_property
     def engine(self) -> Engine:
         """The multi-turn loop over the sampler and the tool."""
-        return Engine(
-            self.sampler, self.chat, self.tool, self.limits, patience=self.patience,
-            collect=self.config.rollout.collect,
-        )  # fmt: skip
+        return self.engine_with(self.tool)
+
+    def engine_with(self, tool: Tool | None) -> Engine:
+        """The loop with another tool, or with none."""
+        sampler, r = self.sampler, self.config.rollout
+        patience = None if tool is None else self.patience
+        if isinstance(sampler, RemoteSampler):
+            return RemoteEngine(sampler, self.chat, tool, self.limits, r.slots, patience)
+        return Engine(sampler, self.chat, tool, self.limits, patience=patience, collect=r.collect)
 
     @property
     def patience(self) -> float:

@@ -89,10 +89,7 @@ def _sample_all(
     """All trajectories that are not kept yet, and those that the report shows."""
     context.sampler.load(params)
     fitting = [_fitting(context, asked, s) for s in suites]
-    if asked.mode == "tool":
-        engine = context.engine
-    else:
-        engine = Engine(context.sampler, context.chat, None, context.limits)
+    engine = context.engine if asked.mode == "tool" else context.engine_with(None)
     for decoding, samples, sampling in (
         ("greedy", 1, GREEDY),
         ("sampled", asked.samples, context.sampling(asked.temperature)),

@@ -83,8 +83,7 @@ def _claim(config: Config, directory: Path) -> None:
     begun = any(directory.glob(f"*/{DONE}"))
     if known.exists() and begun:
         # By way of Config: fields that have come since have the value they had before they came.
-        old = from_dict(read_json(known)).as_dict() | {"workdir": ""}
-        changed = differences(old, fields)
+        changed = differences(from_dict(read_json(known)).deciding(), config.deciding())
         if changed:
             raise ConfigError(
                 f"config.workdir={str(directory)!r}: holds a run with another configuration "

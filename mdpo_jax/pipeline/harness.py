@@ -86,6 +86,7 @@ def harness(context: Context, asked: Asked, suites: Sequence[Suite]) -> dict[str
     Slots and block are in it: in bfloat16 a token now and then depends on what is decoded beside it.
     """
     config, problems = context.config, context.config.problems
+    kind = config.rollout.server_kind
     tool: Any = "off"
     if asked.mode == "tool":
         tool = dataclasses.asdict(config.tool) | {"protection": context.interpreter.protection}
@@ -106,7 +107,8 @@ def harness(context: Context, asked: Asked, suites: Sequence[Suite]) -> dict[str
             "seed": config.seed,
         },
         "dtype": {"stored": config.model.param_dtype, "decoding": config.rollout.decode_dtype},
-        "backend": jax.default_backend(),
+        # What a server decodes on, and in which type, it does not say.
+        "backend": kind if config.rollout.backend == "http" else jax.default_backend(),
         "tool": tool,
         "grader": context.grader.settings,
         "data": {suite.name: suite.as_dict() for suite in suites},

@@ -17,7 +17,7 @@ class Call:
     """One call; `ended` is None while it runs.  patience: seconds, None for any."""
 
     def __init__(self, guard: Guarded, future: Future[Observation], patience: float | None):
-        self._guard, self._future, self._patience = guard, future, patience
+        self.future, self._guard, self._patience = future, guard, patience
         self.begun, self.ended = time.monotonic(), None
         self.stuck = False
         future.add_done_callback(self._end)
@@ -35,14 +35,14 @@ class Call:
     @property
     def ready(self) -> bool:
         """Whether `result` returns at once."""
-        return self._future.done() or self.left == 0.0
+        return self.future.done() or self.left == 0.0
 
     def result(self) -> Observation:
         """What the tool said; at the end of the patience, that it timed out."""
-        concurrent.futures.wait([self._future], self.left)
-        if self._future.done():
-            return self._future.result()
-        self._future.cancel()
+        concurrent.futures.wait([self.future], self.left)
+        if self.future.done():
+            return self.future.result()
+        self.future.cancel()
         self.stuck, self.ended = True, time.monotonic()
         self._guard.abandon()
         return Observation(STUCK, "timeout", self.ended - self.begun)
@@ -51,7 +51,7 @@ class Call:
 def wait_for_one(calls: Sequence[Call]) -> None:
     """Until one of the calls is ready."""
     bounds = [left for call in calls if (left := call.left) is not None]
-    futures = [call._future for call in calls]
+    futures = [call.future for call in calls]
     timeout = min(bounds) if bounds else None
     concurrent.futures.wait(futures, timeout, return_when=concurrent.futures.FIRST_COMPLETED)
 

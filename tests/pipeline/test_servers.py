@@ -34,7 +34,7 @@ def rolled_out(run, server, *more):
             params, base = context.parameters.first()
             context.parameters.save(start, params, base)
         folder = run / "iteration-1" / "rollout"
-        stage(folder, lambda f: stages.rollout(context, f, 1, [(start, 2)], lambda done: None))
+        stage(folder, lambda f: stages.rollout(context, f, 1, [(start, 2)], lambda *_: None))
         return [store.graded_from(row).trajectory for row in store.read_folder(folder)]
 
 

@@ -68,6 +68,12 @@ def test_no_trajectory_waits_for_another_and_a_timeout_is_a_status(tmp_path):
     assert time.monotonic() - start < 15
 
 
+def test_a_block_may_take_for_ever(tmp_path):
+    code, out = run(tmp_path, [json.dumps(TORA)], "--timeout=inf")
+    assert code == 0
+    assert read_rows(out)[0]["blocks"][0]["output"] == "42"
+
+
 @pytest.mark.parametrize(
     ("semantics", "second"),
     [("replay", "3"), ("last_only", "NameError: name 'x' is not defined")],

@@ -77,6 +77,9 @@ def _evaluate(
             _sample_all(context, asked, params, suites, outcomes, out)
             figures = [_figures(context, asked, s, outcomes) for s in suites]
             results = claim | {"kind": "evaluation", "suites": figures}
+            files.write_json(path, results)  # a comparison that fails costs no figure
+        results.pop("versus", None)  # of another time
+        _whole(outcomes, suites, results, f"--out={out}")
         if against is not None and asked.versus is not None:
             results["versus"] = _versus(results, outcomes, suites, asked.versus, against)
     files.write_json(path, results)

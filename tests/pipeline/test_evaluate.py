@@ -243,6 +243,9 @@ def test_a_comparison_says_whether_it_may_be_made(whole, place, monkeypatch, cap
     names = [row["figure"] for row in found["suites"]["math"]]
     assert names == ["greedy accuracy", "pass@1", "maj@2"]
     assert "NOT COMPARABLE" not in capsys.readouterr().out
+    alone = [f for f in same if f not in versus]
+    assert evaluate.main([*alone, "--config.model.param_dtype=float32"]) == 0
+    assert "versus" not in _results(place / "same")
     other = _flags(place, "differs", *versus, data="math,gsm8k")
     assert evaluate.main([*other, "--config.rollout.turn_tokens=5"]) == 0
     found = _results(place / "differs")["versus"]
@@ -273,6 +276,9 @@ def test_an_evaluation_without_its_trajectories_is_no_evaluation(whole, place, c
     same = _flags(place, "torn-versus", "--samples", "2", "--versus", str(torn), model="other")
     assert evaluate.main(same) == 2
     assert "lacks those of 1 problems of" in capsys.readouterr().err
+    assert _results(place / "torn-versus")["suites"]  # what was sampled is scored all the same
+    assert evaluate.main(_flags(place, "torn", "--samples", "2")) == 2
+    assert f"--out={torn}: trajectories.jsonl lacks those of 1" in capsys.readouterr().err
     (torn / "trajectories.jsonl").unlink()
     assert evaluate.main(_flags(place, "torn", "--samples", "1")) == 2
     assert (

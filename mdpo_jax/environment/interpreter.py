@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import logging
 import os
@@ -63,8 +62,8 @@ class PythonInterpreter:
     ):  # fmt: skip
         if semantics not in SEMANTICS:
             raise ValueError(f"semantics: {semantics!r}; expected one of {', '.join(SEMANTICS)}")
-        limits = Limits(address_space_bytes=memory_mb * MIB)
-        limits = dataclasses.replace(limits, cpu_seconds=max(limits.cpu_seconds, int(16 * timeout)))
+        cpu_seconds = max(Limits.cpu_seconds, int(min(16 * timeout, 2**31)))
+        limits = Limits(address_space_bytes=memory_mb * MIB, cpu_seconds=cpu_seconds)
         self.servers = _Servers(preload, limits, sandbox)
         self.workers = workers or 2 * (os.cpu_count() or 1)
         self.pool = ThreadPoolExecutor(self.workers, "tool")
@@ -274,11 +273,12 @@ class _Session:
 
     def _check(self, seen: Observation) -> None:
         """Now and then, run all blocks so far again; only calls that ended by themselves compare."""
-        blocks = self._history
+        checks, blocks = self._tool.checks, self._history
+        if not checks.share or seen.status not in ("ok", "error") or not self._whole:
+            return
         digest = hashlib.sha256("\0".join(blocks).encode("utf-8", "replace")).hexdigest()
         call = f"{self._key}/{len(blocks)}/{digest[:12]}"
-        checks = self._tool.checks
-        if seen.status not in ("ok", "error") or not self._whole or not chosen(call, checks.share):
+        if not chosen(call, checks.share):
             return
 
         def again() -> tuple[str, str] | None:

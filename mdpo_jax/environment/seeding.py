@@ -55,6 +55,7 @@ class _Seeder(importlib.abc.MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
+        """The spec of a seeded module, with a loader that seeds it; None for all others."""
         if fullname not in _SEEDED:
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path)

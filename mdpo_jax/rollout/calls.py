@@ -50,10 +50,13 @@ class Call:
 
 def wait_for_one(calls: Sequence[Call]) -> None:
     """Until one of the calls is ready."""
-    bounds = [left for call in calls if (left := call.left) is not None]
     futures = [call.future for call in calls]
-    timeout = min(bounds) if bounds else None
-    concurrent.futures.wait(futures, timeout, return_when=concurrent.futures.FIRST_COMPLETED)
+    concurrent.futures.wait(futures, soonest(calls), return_when=concurrent.futures.FIRST_COMPLETED)
+
+
+def soonest(calls: Sequence[Call]) -> float | None:
+    """Seconds until the first of the calls is out of patience; None if none ever is."""
+    return min((left for call in calls if (left := call.left) is not None), default=None)
 
 
 class Guarded:

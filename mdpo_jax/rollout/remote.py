@@ -31,7 +31,7 @@ from mdpo_jax.config import Rollout
 from mdpo_jax.environment.tool import Tool
 from mdpo_jax.model.policy import Policy, fingerprint
 from mdpo_jax.rollout import wire
-from mdpo_jax.rollout.calls import Call
+from mdpo_jax.rollout.calls import Call, soonest
 from mdpo_jax.rollout.engine import Engine, Limits, Request, _seed, _Slot, _trajectory
 from mdpo_jax.rollout.sampling import Sampling
 from mdpo_jax.rollout.servers import Patience, Server, Servers
@@ -354,8 +354,7 @@ class RemoteEngine(Engine):
         tools = [call for _, _, call in waits.values() if call is not None]
         self._busy = len(waits) - len(tools), sum(call.ended is None for call in tools)
         begun = time.monotonic()
-        bounds = [left for call in tools if (left := call.left) is not None]
-        done = wait(waits, min(bounds, default=None), return_when=FIRST_COMPLETED).done
+        done = wait(waits, soonest(tools), return_when=FIRST_COMPLETED).done
         if self._busy[0]:
             self.activity.block(begun, self._busy[0], tools)
         self.activity.seconds += time.monotonic() - begun

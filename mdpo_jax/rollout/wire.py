@@ -66,24 +66,14 @@ class VLLM:
             "model": model,
             "prompt": list(ids),
             "max_tokens": request.max_tokens,
-            "temperature": request.temperature,
             "seed": request.seed,
-            "stop_token_ids": list(request.stop_ids),
-            "stop": list(request.stop_strings),
             # Our stop ids hold the model's, and alone decide where a turn ends.
             "ignore_eos": True,
             "include_stop_str_in_output": True,
-            "skip_special_tokens": True,
             "logprobs": 0,  # of the sampled token alone
             "return_token_ids": True,
             "return_tokens_as_token_ids": True,
-            "n": 1,
-            "top_p": request.top_p,
-            "top_k": request.top_k or -1,
-            "min_p": 0.0,
-            "repetition_penalty": 1.0,
-            "presence_penalty": 0.0,
-            "frequency_penalty": 0.0,
+            **_drawn(request),
         }
 
     def read(self, answer: Any, prompt: Sequence[int], request: TurnRequest) -> Generated:
@@ -122,21 +112,11 @@ class SGLang:
             "input_ids": list(ids),
             "sampling_params": {
                 "max_new_tokens": request.max_tokens,
-                "temperature": request.temperature,
                 "sampling_seed": request.seed,
-                "stop_token_ids": list(request.stop_ids),
-                "stop": list(request.stop_strings),
                 # It ignores stop_token_ids as well; so an end that is not ours is gone past instead.
                 "ignore_eos": not request.stop_ids,
-                "skip_special_tokens": True,
                 "no_stop_trim": True,
-                "n": 1,
-                "top_p": request.top_p,
-                "top_k": request.top_k or -1,
-                "min_p": 0.0,
-                "repetition_penalty": 1.0,
-                "presence_penalty": 0.0,
-                "frequency_penalty": 0.0,
+                **_drawn(request),
             },
             "return_logprob": True,
             "stream": False,
@@ -194,6 +174,23 @@ def tokens(answer: Any) -> list[int]:
     if not isinstance(found, list) or not all(type(i) is int for i in found):
         raise Malformed("no tokens in the answer of /tokenize")
     return found
+
+
+def _drawn(request: TurnRequest) -> dict[str, Any]:
+    """The parameters that both servers know by the same names."""
+    return {
+        "temperature": request.temperature,
+        "stop_token_ids": list(request.stop_ids),
+        "stop": list(request.stop_strings),
+        "skip_special_tokens": True,
+        "n": 1,
+        "top_p": request.top_p,
+        "top_k": request.top_k or -1,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+    }
 
 
 def _first(values: Any) -> Any:

@@ -43,8 +43,7 @@ class Explore:
     prompt and the rest from states after a tool call of these; `mcts`, tree search over turns.
     budget_tokens: a problem gets another trajectory while fewer tokens have been sampled for it; 0
     gives as many trajectories as rollout.samples + rollout.previous_samples, however long.
-    c_puct: weight of the reference's prior.  width: turns that may be sampled from one state while
-    one of them leads on.
+    c_puct: weight of the reference's prior.  width: turns that may be sampled from one state.
     """
 
     strategy: Strategy = "mixture"

@@ -54,6 +54,11 @@ class Node:
         """Q: the mean reward below; 0 before any."""
         return self.total / self.visits if self.visits else 0.0
 
+    def leads_on(self, width: int) -> bool:
+        """Whether a turn may still be sampled here or below."""
+        below = (child.leads_on(width) for child in self.children.values())
+        return not self.ended and (self.sampled < width or any(below))
+
 
 def priors(node: Node) -> dict[Hashable, float]:
     """P of each child; they add up to 1."""
@@ -65,13 +70,13 @@ def priors(node: Node) -> dict[Hashable, float]:
     return {key: mass / whole for key, mass in masses.items()}
 
 
-def scores(node: Node, c_puct: float) -> dict[Hashable, float]:
+def scores(node: Node, c_puct: float, width: int) -> dict[Hashable, float]:
     """PUCT of each child that leads on."""
     prior, root = priors(node), math.sqrt(node.visits)
     return {
         key: child.value + c_puct * prior[key] * root / (1 + child.visits)
         for key, child in node.children.items()
-        if not child.ended
+        if child.leads_on(width)
     }
 
 
@@ -79,13 +84,13 @@ def select(root: Node, *, c_puct: float, width: int) -> list[Node]:
     """The path from the root to the node that the next turn is sampled from.
 
     Progressive widening: N simulations through a node allow 1 + sqrt(N) turns from it, `width` at
-    most; then its children are gone down.  A node none of whose children leads on is always sampled
-    from.  Ties go to the child that is there longer.
+    most; then, and where that is all it can have, its children are gone down.  If nothing leads on,
+    the root is sampled from beyond its width.  Ties go to the child that is there longer.
     """
     path = [root]
     while True:
         node = path[-1]
-        found = scores(node, c_puct)
+        found = scores(node, c_puct, width)
         if not found or node.sampled < min(width, 1 + math.isqrt(node.visits)):
             return path
         path.append(node.children[max(found, key=found.__getitem__)])

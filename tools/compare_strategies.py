@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 SHARED = ("problems", "start", "sft", "sft-dev", "sft-test")
-COLUMNS: list[tuple[str, Callable[[dict[str, Any]], float | None], str]] = [
+COLUMNS: list[tuple[str, Callable[[dict[str, Any]], float], str]] = [
     ("tokens sampled", lambda f: f["tokens_sampled"], "{:,.0f}"),
     ("prefilled", lambda f: f["tokens_prefilled"], "{:,.0f}"),
     ("trajectories", lambda f: f["trajectories"], "{:,.0f}"),

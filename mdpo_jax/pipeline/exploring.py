@@ -19,6 +19,7 @@ import numpy as np
 from mdpo_jax.config import Config
 from mdpo_jax.data import store
 from mdpo_jax.data.store import Graded
+from mdpo_jax.exploration import TREES
 from mdpo_jax.grading.normalise import answer_key
 from mdpo_jax.pipeline import evaluation, kept, stages
 from mdpo_jax.pipeline.context import Context
@@ -154,6 +155,9 @@ def _explored(
             verdicts[trajectory.key] = evaluation.verdict(context, gold, trajectory)
         return verdicts[trajectory.key]
 
+    def right(trajectory: Trajectory) -> float:
+        return float(verdict(trajectory).correct)
+
     def tell(done: int) -> None:
         advance(done, context.engine.live())
 
@@ -163,12 +167,11 @@ def _explored(
         if e.strategy == "branch":
             return Branching(e.base, temperature, room, f"{stream}/branch/{problem.id}")
         if e.strategy == "mcts":
-            reward = lambda trajectory: float(verdict(trajectory).correct)  # noqa: E731
-            return Search(e.c_puct, e.width, temperature, room, reward)
+            return Search(e.c_puct, e.width, temperature, room, right)
         ladder = e.temperatures if e.strategy == "temperatures" else (temperature,)
         return Independent(ladder)
 
-    if config.explore.strategy in ("branch", "mcts"):
+    if config.explore.strategy in TREES:
         context.engine.expect(config.rollout.context)
     found = explore(
         context.engine, problems, {p.id: of(p) for p in problems}, purses,

@@ -102,7 +102,7 @@ class Branching:
     def __init__(self, base: float, temperature: float, room: int, seed: str):
         self._base, self._temperature, self._room, self._seed = base, temperature, room, seed
         self._states: dict[bytes, tuple[Trajectory, int]] = {}
-        self._order: list[tuple[Trajectory, int]] = []
+        self._order: list[tuple[Trajectory | None, int]] = []
         self._next = 0
 
     def next(self, purse: Purse, most: int) -> list[Start]:
@@ -113,12 +113,10 @@ class Branching:
             found = list(self._states.values())
             random = np.random.default_rng(_integer(self._seed))
             self._order = [found[i] for i in random.permutation(len(found))]
-        starts = []
-        for _ in range(purse.due(most)):
-            state = self._order[self._next % len(self._order)] if self._order else ()
-            starts.append(Start(self._temperature, *state))
-            self._next += 1
-        return starts
+        order, count = self._order or [(None, 0)], purse.due(most)
+        self._next += count
+        places = range(self._next - count, self._next)
+        return [Start(self._temperature, *order[i % len(order)]) for i in places]
 
     def tell(self, trajectory: Trajectory) -> None:
         if trajectory.parent is None and not self._order:

@@ -5,7 +5,7 @@ import dataclasses
 import shutil
 
 import pytest
-from support import SMALL_RUN
+from support import SMALL_RUN, trajectories
 
 from mdpo_jax.data import store
 from mdpo_jax.data.pairing import shared_turns
@@ -24,6 +24,7 @@ def context(tmp_path_factory):
     """After a warm-up that kept parameters half-way; every turn asks for the tool."""
     folder = tmp_path_factory.mktemp("run")
     more = ["--config.explore.strategy=checkpoints", "--config.explore.checkpoints=0.34,0.5,1"]
+    more += ["--config.rollout.slots=4", "--config.rollout.context=128"]
     more += ["--config.pairs.drop_error_before_answer=false"]  # no action holds code
     config = parse([*SMALL_RUN, *more, f"--config.workdir={folder}"])
 
@@ -165,3 +166,28 @@ def test_the_warm_up_keeps_what_takes_part_and_nothing_else(context, tmp_path):
     ]
     kept.keeper(context, tmp_path / "none", 1, None)(1, context.start.params)
     assert not (tmp_path / "none").exists()
+
+
+def test_an_iterations_training_keeps_them_too(context, tmp_path, monkeypatch):
+    def fit(self, params, batches, plan, objective, *, keep, **rest):
+        keep(1, params)
+        return params
+
+    monkeypatch.setattr("mdpo_jax.training.trainer.Trainer.fit", fit)
+    before, start = context.config, context.directory / "sft" / "params"
+    explore = Explore(strategy="checkpoints", checkpoints=(0.25, 1.0))
+    context.config = dataclasses.replace(before, method="raft", explore=explore)
+    try:
+        for name, rows in (("some", trajectories(4)), ("none", ())):
+            folder = tmp_path / name
+            right = map(store.trajectory_row, rows)
+            store.write_lines(folder / "pairs" / "correct.jsonl.gz", right)
+            (folder / "train").mkdir()
+            done = stages.train(
+                context, folder / "train", start, [(start, 1.0)], 0, lambda n, text=None: None
+            )
+            assert done["steps"] == len(rows) // 4
+            assert kept.path(folder / "train", 0.25).is_dir()
+            assert kept.path(folder / "train", 1.0) == folder / "train" / "params"
+    finally:
+        context.config = before

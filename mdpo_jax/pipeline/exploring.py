@@ -99,7 +99,8 @@ def _sampled(
         for start in range(0, len(problems), size):
             name, chunk = f"{start:06d}.jsonl.gz", problems[start : start + size]
             target = folder / f"{place:03d}-{name}"
-            if not target.exists():
+            there = target.exists()
+            if not there:
                 if not loaded:
                     context.sampler.load(context.load(source.path))
                     loaded = True
@@ -109,6 +110,8 @@ def _sampled(
                 store.write_lines(target, map(store.graded_row, found))
             for row in store.read_lines(target):
                 trajectories += 1
+                if there:
+                    advance(1)
                 right += row["label"] == "correct"
                 # Those before it branched off are its parent's.
                 statuses.update(row["tool_statuses"][row.get("branch", 0) :])

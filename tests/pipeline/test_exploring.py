@@ -47,11 +47,19 @@ def under(context, **fields):
 
 def rollout(context, folder):
     sft = context.directory / "sft"
-    told = []
+    told, programs = [], []
+
+    def advance(count, text=None):
+        told.append(count)
+        programs.append(context.sampler.compilations())
+
     done = exploring.rollout(
         context, folder, 1, [sft / "params-earlier", sft / "params"],
-        lambda n, text=None: told.append(n),
+        advance,
     )  # fmt: skip
+    assert (
+        len({*programs}) == 1
+    )  # all that the rollout needs is compiled before its first trajectory
     return done, [store.graded_from(row) for row in store.read_folder(folder)], told
 
 
@@ -114,9 +122,11 @@ def test_a_budget_is_kept_and_a_killed_rollout_ends_in_the_same_files(context, t
     first = min(whole)
     (tmp_path / "cut").mkdir()
     shutil.copy(tmp_path / "whole" / first, tmp_path / "cut" / first)
+    written = (tmp_path / "cut" / first).stat().st_mtime_ns
     _, _, told = rollout(context, tmp_path / "cut")
     assert files(tmp_path / "cut") == whole
-    assert sum(told) == len(found) - sum(1 for _ in store.read_lines(tmp_path / "cut" / first))
+    assert (tmp_path / "cut" / first).stat().st_mtime_ns == written
+    assert sum(told) == len(found)
 
 
 @pytest.mark.parametrize("strategy", ["branch", "mcts", "west"])
@@ -130,10 +140,12 @@ def test_pairs_are_the_strategys(context, tmp_path, strategy):
         done, found, _ = rollout(context, tmp_path / "rollout")
         assert done["trajectories"] == 4 * 11
         summary = stages.build_pairs(context, tmp_path / "pairs", 1)
+        stages.build_pairs(under(context), tmp_path / "random", 1)
     finally:
         context.config = dataclasses.replace(context.config, rollout=r)
     pairs = list(map(store.pair_from, store.read_lines(tmp_path / "pairs" / "pairs.jsonl.gz")))
     assert pairs, (summary, done["statuses"])
+    assert files(tmp_path / "pairs") != files(tmp_path / "random")
     shared = [shared_turns(p.chosen, p.rejected) for p in pairs]
     assert summary["sibling_pairs"] == sum(s > 0 for s in shared)
     if strategy == "west":

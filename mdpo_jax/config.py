@@ -17,6 +17,8 @@ from mdpo_jax.checks import at_least as _at_least
 from mdpo_jax.checks import require as _require
 from mdpo_jax.checks import share as _share
 from mdpo_jax.endpoints import TRANSPORT, Endpoints
+from mdpo_jax.exploration import Explore
+from mdpo_jax.exploration import inconsistency as _unfit
 from mdpo_jax.methods import METHODS, Method, MethodName, inconsistency
 
 # As in chat.py, which is a floor above and has one of these names for each template.
@@ -412,6 +414,7 @@ class Config:
     problems: Problems = Problems()
     sft: SFT = SFT()
     rollout: Rollout = Rollout()
+    explore: Explore = dataclasses.field(default_factory=Explore)
     tool: Tool = Tool()
     pairs: Pairs = Pairs()
     train: Train = Train()
@@ -439,6 +442,9 @@ class Config:
         wrong = inconsistency(self.method, self.train, self.term_c)
         if wrong:
             raise ConfigError(f"config.method={self.method}: {wrong}")
+        wrong = _unfit(self.explore, self)
+        if wrong:
+            raise ConfigError(f"config.explore.strategy={self.explore.strategy}: {wrong}")
 
     @property
     def preset(self) -> Method:

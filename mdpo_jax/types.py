@@ -73,6 +73,8 @@ class Trajectory:
     ids: [length] int32.  roles: [length] uint8 of `Role`.  log_probs: [length] float32, the log
     probability under the sampling policy, untempered, at ACTION tokens and 0 elsewhere.
     tool_statuses: one per tool call, in order (`ok`, `error`, `timeout`, ...).
+    parent, branch: the sample of the same problem whose first `branch` turns this one took over, with
+    their observations and log-probs; None and 0 where it began at the prompt.
     """
 
     problem_id: str
@@ -83,6 +85,8 @@ class Trajectory:
     log_probs: np.ndarray
     tool_statuses: tuple[str, ...] = ()
     finish: Finish = "answered"
+    parent: int | None = None
+    branch: int = 0
 
     def __post_init__(self) -> None:
         if not len(self.ids) == len(self.roles) == len(self.log_probs):
@@ -109,6 +113,11 @@ class Trajectory:
     def actions(self) -> list[slice]:
         """The span of each action, in order."""
         return [s for role, s in self.segments if role == Role.ACTION]
+
+    @property
+    def sampled_tokens(self) -> int:
+        """Action tokens that were sampled for it, those of the turns that it took over left out."""
+        return sum(span.stop - span.start for span in self.actions[self.branch :])
 
     @property
     def segments(self) -> list[tuple[Role, slice]]:

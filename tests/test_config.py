@@ -35,6 +35,16 @@ def test_overrides_are_typed_and_nested():
         ("--config.rollout.top_k=-1", "rollout.top_k=-1: expected at least 0"),
         ("--config.rollout.top_p=0", "rollout.top_p=0.0: expected a number above 0 and at most 1"),
         ("--config.rollout.collect=late", "expected one of fixed, arrival"),
+        (
+            "--config.explore.strategy=beam",
+            "expected one of mixture, temperatures, checkpoints, west",
+        ),
+        ("--config.explore.budget_tokens=-1", "explore.budget_tokens=-1: expected at least 0"),
+        ("--config.explore.temperatures=1,0", "(1.0, 0.0): expected numbers above 0, at least one"),
+        ("--config.explore.checkpoints=0.5,0.5", "expected different shares above 0 and at most 1"),
+        ("--config.explore.base=1", "explore.base=1.0: expected below 1"),
+        ("--config.explore.width=0", "explore.width=0: expected at least 1"),
+        ("--config.explore.c_puct=2", "explore.c_puct=2.0 is read by mcts only; expected 1.0"),
     ],
 )
 def test_a_wrong_override_is_told_in_one_line(argument, message):
@@ -42,6 +52,27 @@ def test_a_wrong_override_is_told_in_one_line(argument, message):
         parse(["--config=tiny", argument])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "fields", "message"),
+    [
+        ("mcts", ("method=mdpo_fixed_ref",), "the reference is fixed; expected updated"),
+        ("mcts", ("train.reference=mixture",), "the reference is mixture; expected updated"),
+        ("mcts", ("explore.base=0.3",), "explore.base=0.3 is read by branch only; expected 0.5"),
+        ("branch", ("rollout.max_turns=1",), "leaves no state to go on from; expected at least 2"),
+        ("branch", ("term_c.kind=value",), "term_c.kind=value learns from the policies' own"),
+        ("west", ("method=raft",), "its pairs are not read by method=raft"),
+        ("temperatures", ("rollout.temperature=0.7",), "rollout.temperature=0.7 beside explore"),
+    ],
+)
+def test_what_does_not_go_with_a_strategy_is_refused(strategy, fields, message):
+    asked = [f"--config.{field}" for field in (f"explore.strategy={strategy}", *fields)]
+    with pytest.raises(ConfigError) as caught:
+        parse(["--config=tiny", *asked])
+    assert str(caught.value).startswith(f"config.explore.strategy={strategy}: ")
+    assert message in str(caught.value)
+    parse(["--config=tiny", asked[0]])
 
 
 def test_an_unknown_recipe_suggests_the_nearest():

@@ -9,19 +9,25 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from mdpo_jax.data.pairing import choose
 from mdpo_jax.data.store import Graded
+from mdpo_jax.exploration import Choice
 from mdpo_jax.types import Pair, Trajectory
 
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """Which trajectories may enter a pair (recipe 5.3); see config.Pairs for the fields."""
+    """Which trajectories may enter a pair (recipe 5.3); see config.Pairs for the fields.
+
+    choice: of those, which right one goes with which wrong one (data/pairing.py).
+    """
 
     per_problem: int = 1
     max_tokens: int = 2048
     keep_limit: bool = False
     require_tool: bool = True
     drop_error_before_answer: bool = True
+    choice: Choice = "random"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +60,7 @@ def reason_to_drop(graded: Graded, rules: Rules) -> str | None:
 
 
 def select(graded: Iterable[Graded], rules: Rules, seed: str) -> Selection:
-    """Filter, drop repeats, and pair at random within each problem.
+    """Filter, drop repeats, and pair within each problem, at random unless the rules say otherwise.
 
     Both sides are shuffled by a hash of (seed, problem), so the choice does not depend on the order
     of files; up to `per_problem` disjoint pairs are zipped, as the official builder does where it can.
@@ -81,8 +87,7 @@ def select(graded: Iterable[Graded], rules: Rules, seed: str) -> Selection:
         right, wrong = (_shuffled(s, f"{seed}/{problem_id}") for s in sides[problem_id])
         mixed += bool(right and wrong)
         correct += right
-        for chosen, rejected, _ in zip(right, wrong, range(rules.per_problem), strict=False):
-            pairs.append(Pair(chosen, rejected))
+        pairs += [Pair(*sides) for sides in choose(rules.choice, right, wrong, rules.per_problem)]
     return Selection(tuple(pairs), tuple(correct), dropped, len(sides), mixed)
 
 

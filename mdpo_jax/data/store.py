@@ -79,13 +79,18 @@ def graded_from(row: dict) -> Graded:
 
 
 def trajectory_row(t: Trajectory) -> dict:
-    """A trajectory as a plain dict; log-probs with the digits that float32 needs."""
+    """A trajectory as a plain dict; log-probs with the digits that float32 needs.
+
+    Where it branched off is written only if it did.
+    """
+    origin = {} if t.parent is None else {"parent": t.parent, "branch": t.branch}
     return {
         "problem_id": t.problem_id,
         "sample": t.sample,
         "policy": t.policy,
         "finish": t.finish,
         "tool_statuses": list(t.tool_statuses),
+        **origin,
         "ids": t.ids.tolist(),
         "roles": t.roles.tolist(),
         "log_probs": _floats(t.log_probs),
@@ -103,6 +108,8 @@ def trajectory_from(row: dict) -> Trajectory:
         log_probs=np.asarray(row["log_probs"], np.float32),
         tool_statuses=tuple(row["tool_statuses"]),
         finish=row["finish"],
+        parent=row.get("parent"),
+        branch=row.get("branch", 0),
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mdpo_jax.config import Config, ConfigError
-from mdpo_jax.pipeline import monte_carlo, reference, stages
+from mdpo_jax.pipeline import exploring, monte_carlo, reference, stages
 from mdpo_jax.pipeline.context import Context
 from mdpo_jax.pipeline.evaluation import Advance, correct, evaluate
 from mdpo_jax.pipeline.files import DONE, RESULTS, open_run, read_json, stage, write_json
@@ -80,14 +80,9 @@ def _iterate(context: Context, folder: Path, t: int, policies: list[Path]) -> No
     config, train = context.config, context.config.train
     # Before anything is sampled: a reference that is gone stops the run at once.
     of = reference.sources(context, policies[-1], policies[1])
-    sources = [
-        (policies[-1], config.rollout.samples),
-        (policies[-2], config.rollout.previous_samples),
-    ]
-    problems = len(stages.read_problems(context, f"iteration-{t}"))
-    total = problems * sum(count for _, count in sources)
+    total = exploring.expected(config, len(stages.read_problems(context, f"iteration-{t}")))
     with _timed(context, f"iteration {t}: rollout", total) as advance:
-        stage(folder / "rollout", lambda f: stages.rollout(context, f, t, sources, advance))
+        stage(folder / "rollout", lambda f: exploring.rollout(context, f, t, policies, advance))
     stage(folder / "pairs", lambda f: stages.build_pairs(context, f, t))
     start = policies[-1] if train.start == "previous" else policies[1]
     if config.preset.objective != "likelihood":

@@ -14,12 +14,15 @@ import numpy as np
 
 from mdpo_jax.config import ConfigError
 from mdpo_jax.data import packing, pairs, store, synthetic
+from mdpo_jax.data.pairing import siblings
 from mdpo_jax.data.problems import load_problems
 from mdpo_jax.environment.determinism import Rechecks
+from mdpo_jax.exploration import CHOICE
 from mdpo_jax.pipeline.context import EARLIER, PARAMS, Context, suite
 from mdpo_jax.pipeline.demonstrations import demonstrations
 from mdpo_jax.pipeline.evaluation import Advance, sample
 from mdpo_jax.pipeline.examples import examples
+from mdpo_jax.pipeline.kept import keeper
 from mdpo_jax.pipeline.reference import Sources, checked, identity
 from mdpo_jax.reporting.metrics import MetricsWriter
 from mdpo_jax.training.losses import Objective
@@ -145,6 +148,7 @@ def sft(context: Context, folder: Path, advance: Advance) -> dict[str, Any]:
     if not parts:
         for name in (PARAMS, EARLIER):
             kept.save(folder / name, params, base)
+        keeper(context, folder, 0, base)(0, params)
         if settings.steps:
             _log.warning("SFT: no worked solutions in %s; skipped", context.config.problems.path)
         return {
@@ -161,9 +165,12 @@ def sft(context: Context, folder: Path, advance: Advance) -> dict[str, Any]:
     )  # fmt: skip
     earlier = max(1, round(settings.steps * settings.previous_fraction))
 
+    others = keeper(context, folder, settings.steps, base)
+
     def keep(step: int, params: Any) -> None:
         if step == earlier:
             kept.save(folder / EARLIER, params, base)
+        others(step, params)
 
     trainer = context.trainer(sft=True)
     with _recorded(folder, advance) as report:
@@ -259,8 +266,9 @@ def build_pairs(context: Context, folder: Path, iteration: int) -> dict[str, Any
     """Pairs, and RAFT's right trajectories, from an iteration's rollouts."""
     p = context.config.pairs
     rules = pairs.Rules(
-        p.per_problem, p.max_tokens, p.keep_limit, p.require_tool, p.drop_error_before_answer
-    )
+        p.per_problem, p.max_tokens, p.keep_limit, p.require_tool, p.drop_error_before_answer,
+        CHOICE[context.config.explore.strategy],
+    )  # fmt: skip
     graded = map(store.graded_from, store.read_folder(folder.parent / "rollout"))
     found = pairs.select(graded, rules, f"{context.config.seed}/{iteration}")
     length = context.config.train.row_length
@@ -276,6 +284,7 @@ def build_pairs(context: Context, folder: Path, iteration: int) -> dict[str, Any
             _log.warning("pairs: %d %s train.row_length=%d", count, name, length)
     return {
         "pairs": len(short),
+        "sibling_pairs": siblings(short),
         "correct": len(right),
         "problems": found.problems,
         "mixed_problems": found.mixed,
@@ -298,6 +307,7 @@ def train(
     data = examples(context, folder, name, seed)
     if not data.groups:
         kept.save(folder / PARAMS, params, base)
+        keeper(context, folder, 0, base)(0, params)
         note = "no pair to learn from: the policy is unchanged"
         return {"steps": 0, "note": note, "policy": kept.identity(params, base)}
     policy = checked(kept.whole(params, base), start)
@@ -313,6 +323,7 @@ def train(
         final = trainer.fit(
             params, data.batches(seed), data.plan, data.objective, fixed=Fixed(base, reference),
             check_step_zero=at_reference, report=report,
+            keep=keeper(context, folder, data.plan.steps, base),
         )  # fmt: skip
     kept.save(folder / PARAMS, final, base)
     return {

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from mdpo_jax.config import Config
 from mdpo_jax.data import store
-from mdpo_jax.pipeline.files import read_json
+from mdpo_jax.pipeline.files import DONE, read_json
 from mdpo_jax.reporting.metrics import read_metrics
 from mdpo_jax.reporting.plots import pass_at_k_plot
 from mdpo_jax.reporting.sheets import sheets
@@ -34,6 +34,7 @@ def write_report(config: Config) -> Path:
         f"points, 95 % [{100 * c['low']:+.1f}, {100 * c['high']:+.1f}], paired by problem"
         for c in results["comparisons"]
     ]
+    notes += _explored(config)
     curves = {
         f"iteration {t}": read_metrics(path)
         for t in range(1, config.last_iteration + 1)
@@ -55,6 +56,20 @@ def write_report(config: Config) -> Path:
     )
     build_report(directory / "report", report)
     return directory / "report" / "index.html"
+
+
+def _explored(config: Config) -> Iterator[str]:
+    """A line an iteration: how its trajectories were sought, where the rollout noted it."""
+    for t in range(1, config.last_iteration + 1):
+        done = config.directory / f"iteration-{t}" / "rollout" / DONE
+        found = read_json(done).get("exploration") if done.exists() else None
+        if found:
+            yield (
+                f"iteration {t}, {found['strategy']}: {found['tokens_sampled']:,} tokens sampled, "
+                f"{100 * found['coverage']:.1f} % of the problems with a right and a wrong trajectory, "
+                f"{100 * found['distinct']:.1f} % of the trajectories distinct, mean edit distance "
+                f"{found['distance']:.2f}"
+            )
 
 
 def write_evaluation(directory: Path) -> Path:

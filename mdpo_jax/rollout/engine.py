@@ -148,6 +148,7 @@ class Engine:
                 raise ValueError(f"stop string {text!r}: expected at most {LONGEST_STOP} bytes")
         self._state: DecodeState | None = None
         self._busy = (0, 0)
+        self._longest = 1
         self.activity = Activity()
 
     def run(
@@ -160,6 +161,10 @@ class Engine:
             done[place] = trajectory
             advance(1)
         return [done[place] for place in range(len(done))]
+
+    def expect(self, longest: int) -> None:
+        """Let the next warm-up compile for beginnings of up to so many tokens, whatever it is given."""
+        self._longest = max(self._longest, min(longest, self._limits.context))
 
     def live(self) -> str:
         """What is busy now, for people: `slots 61/64, tools 3`."""
@@ -190,7 +195,7 @@ class Engine:
                 slot.close()
 
     def _warm(self, state: DecodeState, run: _Run) -> DecodeState:
-        longest = max((len(ids) for ids, _ in run.starts), default=1)
+        longest = max([self._longest, *(len(ids) for ids, _ in run.starts)])
         # What the template puts around an observation is a few tokens.
         observation = self._limits.observation_tokens + _AROUND
         return self._sampler.warm_up(state, longest, observation if self._tool else 1)

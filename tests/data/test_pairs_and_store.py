@@ -76,6 +76,15 @@ def test_rows_come_back_as_they_were(tmp_path):
     assert not list(tmp_path.rglob("*.partial"))
 
 
+def test_where_a_trajectory_branched_off_is_written_if_it_did():
+    plain = graded(0, "wrong").trajectory
+    assert not store.trajectory_row(plain).keys() & {"parent", "branch"}
+    assert store.trajectory_from(store.trajectory_row(plain)).parent is None
+    branched = dataclasses.replace(plain, parent=0, branch=2)
+    after = store.trajectory_from(store.trajectory_row(branched))
+    assert (after.parent, after.branch) == (0, 2)
+
+
 def test_equal_rows_give_equal_bytes(tmp_path):
     for name in "ab":
         store.write_lines(tmp_path / name, [{"x": 1.5}])

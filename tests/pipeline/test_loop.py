@@ -79,6 +79,7 @@ def test_the_report_shows_trajectories_by_role(finished, tmp_path, capsys):
     page = (finished / "report" / "index.html").read_text()
     assert "observation" in page
     assert "SFT" in page
+    assert "iteration 2, mixture: " in page
     assert (finished / "report" / "accuracy.svg").exists()
     assert report.main(["--checkpoint", str(finished)]) == 0
     assert report.main(["--checkpoint", str(tmp_path)]) == 2

@@ -76,7 +76,9 @@ def resharded(
         where = parts[0].sharding if isinstance(parts[0], jax.Array) else None
         kept = None
         if isinstance(where, NamedSharding):
-            kept = NamedSharding(where.mesh, PartitionSpec(*where.spec[1 if weight.stacked else 0 :]))
+            kept = NamedSharding(
+                where.mesh, PartitionSpec(*where.spec[1 if weight.stacked else 0 :])
+            )
         apart = _apart(weight.stacked, jnp.dtype(dtype), kept, *parts)
         del parts
         shape = weight.shape(config)[1 if weight.stacked else 0 :]
@@ -125,7 +127,7 @@ def _mover(target: NamedSharding) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class Placement:
     """Slots dealt to the shards of a mesh of decoding; None: one device, and everything as it is."""
 
     mesh: Mesh | None = None
@@ -211,3 +213,6 @@ class Layout:
             return sharded(*arguments[statics:])
 
         return jax.jit(run, **fixed, out_shardings=shardings)
+
+
+ONE_DEVICE = Placement()

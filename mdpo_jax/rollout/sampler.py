@@ -21,7 +21,7 @@ import numpy as np
 from mdpo_jax.model import caching, lora, transformer
 from mdpo_jax.model.families import ModelConfig, nest
 from mdpo_jax.model.sharding import constrain
-from mdpo_jax.rollout.layout import ROWS, WHOLE, Layout, flat, resharded
+from mdpo_jax.rollout.layout import ONE_DEVICE, ROWS, WHOLE, Placement, flat, resharded
 from mdpo_jax.rollout.sampling import GREEDY, Sampling, draw
 from mdpo_jax.rollout.shapes import Shapes
 
@@ -65,7 +65,7 @@ class Sampler:
 
     def __init__(
         self, config: ModelConfig, shapes: Shapes, stop_ids: tuple[int, ...], dtype: str,
-        layout: Layout = Layout(),
+        layout: Placement = ONE_DEVICE,
     ):  # fmt: skip
         """Raises ValueError where the layout cannot deal the slots evenly."""
         self.config, self.shapes, self.stop_ids = config, shapes, stop_ids

@@ -88,7 +88,9 @@ def resharded(
             names = [
                 weight.path.replace("layers", f"layer_{i}", 1) for i in range(config.num_layers)
             ]
-        yield dict(zip(names, (_moved(x, target) for x in apart), strict=True))
+        layers = {name: _moved(x, target) for name, x in zip(names, apart, strict=True)}
+        del apart
+        yield layers
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

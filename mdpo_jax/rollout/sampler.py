@@ -65,11 +65,11 @@ class Sampler:
 
     def __init__(
         self, config: ModelConfig, shapes: Shapes, stop_ids: tuple[int, ...], dtype: str,
-        layout: Placement = ONE_DEVICE,
+        placement: Placement = ONE_DEVICE,
     ):  # fmt: skip
         """Raises ValueError where the layout cannot deal the slots evenly."""
         self.config, self.shapes, self.stop_ids = config, shapes, stop_ids
-        self._layout, self._part = layout, layout.per_shard(shapes)
+        self._placement, self._part = placement, placement.per_shard(shapes)
         self._dtype = jnp.dtype(dtype)
         self._params: Any = None
         self._overhead = _OVERHEAD.get(jax.default_backend(), _OVERHEAD_ELSEWHERE)
@@ -80,14 +80,14 @@ class Sampler:
         self._expected = 0
 
     def _make_programs(self) -> None:
-        layout, part, model = self._layout, self._part, (self.config, self._dtype)
+        placement, part, model = self._placement, self._part, (self.config, self._dtype)
         state, out = self._shardings()
         one = {"takes": (WHOLE, *[ROWS] * 6), "gives": ROWS, "donate": 1, "shardings": state}
-        self._prefill = layout.program(functools.partial(_prefill, *model, part.slack), **one)
-        self._extend = layout.program(functools.partial(_extend, *model), **one)
-        copy = functools.partial(_copy, layout.over)
-        self._copy = layout.program(copy, **one | {"takes": [ROWS] * 5, "statics": 1})
-        self._decode = layout.program(
+        self._prefill = placement.program(functools.partial(_prefill, *model, part.slack), **one)
+        self._extend = placement.program(functools.partial(_extend, *model), **one)
+        copy = functools.partial(_copy, placement.over)
+        self._copy = placement.program(copy, **one | {"takes": [ROWS] * 5, "statics": 1})
+        self._decode = placement.program(
             functools.partial(_decode, *model, part.block, self.stop_ids),
             takes=(WHOLE, ROWS, ROWS, WHOLE), gives=ROWS, statics=1, donate=2,
             shardings=(state, out, out, out),
@@ -95,8 +95,8 @@ class Sampler:
 
     def _shardings(self) -> tuple[Any, Any]:
         """Of the state, and of an array by slot; None without a mesh."""
-        place = self._layout.place
-        if self._layout.mesh is None:
+        place = self._placement.place
+        if self._placement.mesh is None:
             return None, None
 
         def one(path: Any, x: jax.ShapeDtypeStruct) -> Any:
@@ -113,13 +113,13 @@ class Sampler:
         On a mesh a leaf that the caller does not hold either is freed as soon as it is read.
         """
         self._params = None  # the last policy's, which are not needed beside the next one's
-        if self._layout.mesh is None:
+        if self._placement.mesh is None:
             self._params = self._unstack(params)
             return
         leaves = flat(params)
         del params
         found: dict[str, jax.Array] = {}
-        for layers in resharded(leaves, self.config, self._dtype, self._layout.mesh):
+        for layers in resharded(leaves, self.config, self._dtype, self._placement.mesh):
             found |= layers
         self._params = nest(found)
 
@@ -153,7 +153,7 @@ class Sampler:
         """Append new tokens to some slots: a beginning at length 0, or an observation further on."""
         for call, fresh in ((self._prefill, True), (self._extend, False)):
             some = [i for i, length in enumerate(lengths) if (length == 0) == fresh]
-            groups = self._layout.groups(
+            groups = self._placement.groups(
                 self._part, [slots[i] for i in some], [len(ids[i]) for i in some], self._overhead
             )
             for shards in groups:
@@ -165,7 +165,7 @@ class Sampler:
 
     def _padded(self, shards, slots, ids, lengths, seeds) -> tuple[np.ndarray, ...]:
         """tokens, where, held, new and seeds of a call, a block of rows for each shard."""
-        s, ways = self._part, self._layout.ways
+        s, ways = self._part, self._placement.ways
         count = s.rows(max(map(len, shards)))
         longest = max(len(ids[i]) for of in shards for i in of)
         tokens = np.zeros((ways * count, s.width(longest)), np.int32)
@@ -188,7 +188,7 @@ class Sampler:
 
         A slot that is copied from may have gone on, up to `remembered` tokens.
         """
-        s, ways = self._part, self._layout.ways
+        s, ways = self._part, self._placement.ways
         count = self.shapes.rows(len(pairs))
         # Every shard is told of every pair; slots that are not its own are past its last one.
         places = np.full((2, ways, count), s.slots, np.int32)
@@ -211,9 +211,9 @@ class Sampler:
         """
         ends = np.where(limits > 0, lengths + np.minimum(limits, self.shapes.block), 0)
         reach = self.shapes.reach(int(ends.max()))
-        limits = self._layout.rows(np.asarray(limits, np.int32))
+        limits = self._placement.rows(np.asarray(limits, np.int32))
         state, *out = self._decode(reach, self._params, state, limits, _traced(sampling))
-        block = Block(*(self._layout.slots(np.asarray(x)) for x in out))
+        block = Block(*(self._placement.slots(np.asarray(x)) for x in out))
         self.tokens_decoded += int(block.counts.sum())
         return state, block
 
@@ -239,7 +239,7 @@ class Sampler:
         return state
 
     def _nothing(self, name: str, state: DecodeState, rows: int, width: int) -> DecodeState:
-        rows *= self._layout.ways
+        rows *= self._placement.ways
         nowhere, none = np.full(rows, self._part.slots, np.int32), np.zeros(rows, np.int32)
         words = np.zeros((rows, 2), np.uint32)
         if name == "copy":

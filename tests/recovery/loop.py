@@ -1,7 +1,5 @@
 """The train door in a process of its own, graded so that a model too small to learn makes pairs."""
 
-import functools
-import os
 import sys
 
 from mdpo_jax import train
@@ -15,10 +13,4 @@ def _by_parity(context, gold, trajectory):
 
 if __name__ == "__main__":
     evaluation.verdict = _by_parity
-    if seconds := os.environ.get("HEARTBEAT_SECONDS"):  # jax's own 100 are long for a test
-        import jax
-
-        jax.distributed.initialize = functools.partial(
-            jax.distributed.initialize, heartbeat_timeout_seconds=int(seconds)
-        )
     sys.exit(train.main(sys.argv[1:]))

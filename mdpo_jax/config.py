@@ -29,10 +29,6 @@ class StepZeroError(RuntimeError):
     """With policy = reference the first log-ratios are not 0: their weights or forwards differ."""
 
 
-class HostsGone(RuntimeError):
-    """Another process of the run ended; the same commands go on from the files."""
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
     """The policy.  With `path` a model's folder or hub id `org/name[@revision]`; without, a fresh one

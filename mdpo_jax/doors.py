@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from mdpo_jax import recipes
-from mdpo_jax.config import Config, HostsGone, StepZeroError
+from mdpo_jax.checks import HostsGone
+from mdpo_jax.config import Config, StepZeroError
 from mdpo_jax.rows import ROW_FILES
 
 # A path that was given and cannot be used.

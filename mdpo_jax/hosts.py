@@ -21,7 +21,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
-from mdpo_jax.config import ConfigError, HostsGone
+from mdpo_jax.checks import ConfigError, HostsGone
 
 T = TypeVar("T")
 _LONGEST_WAIT = 30 * 24 * 3600 * 1000  # ms: who is slow is waited for; who is gone, jax notices

@@ -80,5 +80,5 @@ _CLOCKS = ("seconds", "decode_seconds", "overlap_seconds")
 def together(hosts: Sequence[Activity]) -> Activity:
     """Of engines that work side by side: what they did is added up, the time they took averaged."""
     rows = [dataclasses.asdict(one) for one in hosts]
-    sums = {name: sum(row[name] for row in rows) for name in rows[0]}
-    return Activity(**{k: v / len(rows) if k in _CLOCKS else v for k, v in sums.items()})
+    sums: dict[str, Any] = {name: sum(row[name] for row in rows) for name in rows[0]}
+    return Activity(**sums | {name: sums[name] / len(rows) for name in _CLOCKS})

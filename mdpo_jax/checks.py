@@ -5,6 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 
+class HostsGone(RuntimeError):
+    """Another process of the run ended; the same commands go on from the files."""
+
+
 class ConfigError(ValueError):
     """A wrong configuration; the message names the field, the value and what is accepted."""
 

@@ -149,6 +149,9 @@ class Rollout(Endpoints):
     most that a kill can lose.  context: cache length, prompt and observations included.
     collect: `fixed` waits for a tool after one block of decoding, and a rerun repeats every bit;
     `arrival` decodes on, for slow tools, and the last bits of log-probs depend on timing.
+    tensor: devices that share a model's heads while it decodes, rows being dealt to the others of a
+    process; 0 takes mesh.tensor, as far as it divides them.  slots, of each process, are rounded up to
+    what the rows' devices divide.
     backend, servers and the like: see Endpoints.
     """
 
@@ -167,12 +170,13 @@ class Rollout(Endpoints):
     block: int = 16
     decode_dtype: Literal["float32", "bfloat16"] = "float32"
     collect: Literal["fixed", "arrival"] = "fixed"
+    tensor: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _at_least(1, "rollout", self, "samples", "max_turns", "turn_tokens", "trajectory_tokens")
         _at_least(1, "rollout", self, "observation_tokens", "slots", "chunk_problems", "block")
-        _at_least(0, "rollout", self, "previous_samples", "temperature", "top_k")
+        _at_least(0, "rollout", self, "previous_samples", "temperature", "top_k", "tensor")
         right = 0 < self.top_p <= 1
         _require(right, "rollout.top_p", self.top_p, "a number above 0 and at most 1")
         if self.backend == "http":
@@ -390,15 +394,20 @@ class Evaluate:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mesh:
-    """Devices along each axis; 0 for `fsdp` takes what the others leave."""
+    """Devices along each axis; 0 for `fsdp` takes what the others leave.
+
+    hosts: processes that make the run together (hosts.py), 0 for as many as the cluster says; 1 joins
+    none.  The axes are over the devices of all.
+    """
 
     data: int = 1
     fsdp: int = 0
     tensor: int = 1
+    hosts: int = 1
 
     def __post_init__(self) -> None:
         _at_least(1, "mesh", self, "data", "tensor")
-        _at_least(0, "mesh", self, "fsdp")
+        _at_least(0, "mesh", self, "fsdp", "hosts")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -478,9 +487,10 @@ class Config:
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     def deciding(self) -> dict[str, Any]:
-        """`as_dict` without what does not decide the results: the run's place, and the servers'."""
+        """`as_dict` without what does not decide the results: where the run, its processes and its
+        servers are."""
         fields = self.as_dict()
-        del fields["workdir"]
+        del fields["workdir"], fields["mesh"]["hosts"]
         for name in TRANSPORT:
             del fields["rollout"][name]
         return fields

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from mdpo_jax import recipes
+from mdpo_jax.checks import HostsGone
 from mdpo_jax.config import Config, StepZeroError
 from mdpo_jax.rows import ROW_FILES
 
@@ -55,7 +56,7 @@ def guarded(work: Callable[[], None], then: str = "the same command resumes") ->
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, FileNotFoundError, FileExistsError) as error:
         return _said("error", error, EXIT_INPUT)
-    except (ForkServerError, ServersGone) as error:
+    except (ForkServerError, ServersGone, HostsGone) as error:
         return _said("interrupted", error, EXIT_RESUMABLE, f"; {then}")
     except OSError as error:
         if error.errno in _INPUT_ERRNOS:

@@ -6,23 +6,33 @@ import sys
 from collections.abc import Sequence
 
 from mdpo_jax.config import Config
-from mdpo_jax.doors import interrupts_held, run_door
+from mdpo_jax.doors import EXIT_OK, interrupts_held, run_door
 
 
 def main(arguments: Sequence[str]) -> int:
     """Parse, run, print; 0 done, 2 wrong input, 75 interrupted and resumable."""
-    return run_door(arguments, __doc__ or "", _train)
+    code = run_door(arguments, __doc__ or "", _train)
+    if code == EXIT_OK or "jax" not in sys.modules:
+        return code
+    from mdpo_jax import hosts
+
+    return hosts.leave(code)
 
 
 def _train(config: Config) -> None:
     with interrupts_held():
         from rich.console import Console
 
+        from mdpo_jax import hosts
+
+        hosts.connect(config.mesh.hosts)  # before anything below looks for devices
         from mdpo_jax.pipeline import exporting, loop, summary
         from mdpo_jax.reporting.console import results_table
 
     results = loop.run(config)
     folder = exporting.export_chosen(config, results)
+    if not hosts.first():
+        return
     page = summary.write_report(config)
     console = Console()
     console.print(results_table(results["rows"]))

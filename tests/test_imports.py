@@ -15,7 +15,7 @@ FLOOR = {
     "training": 4, "rollout": 4,
     "data": 3, "model": 3,
     "reporting": 2, "grading": 2, "environment": 2, "chat": 2, "recipes": 2,
-    "objectives": 1, "isolation": 1, "config": 1, "types": 1, "rows": 1,
+    "hosts": 1, "objectives": 1, "isolation": 1, "config": 1, "types": 1, "rows": 1,
     "methods": 0, "endpoints": 0.5, "exploration": 0.5, "checks": 0,
 }  # fmt: skip
 NO_JAX = (

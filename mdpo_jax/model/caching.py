@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from mdpo_jax.model.families import ModelConfig
+from mdpo_jax.model.sharding import constrain
 
 Layer = dict[str, jax.Array]
 Cache = tuple[Layer, ...]
@@ -144,7 +145,12 @@ def _write(
     how: dict[str, Any] = {"mode": "drop", "unique_indices": True}
     keys = layer["keys"].at[rows, :, :, slots_RT].set(_like(k_RTGK, layer), **how)
     values = layer["values"].at[rows, :, slots_RT].set(_like(v_RTGK, layer), **how)
-    return {"keys": keys, "values": values}
+    # Where a mesh's tensor axis does not divide the key heads, the compiler would deal them as far as
+    # it does, and gather the whole cache to give it back.
+    return {
+        "keys": constrain(keys, None, "kv_heads", None, None),
+        "values": constrain(values, None, "kv_heads", None, None),
+    }
 
 
 def _like(x: jax.Array, layer: Layer) -> jax.Array:

@@ -15,10 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from mdpo_jax import hosts
 from mdpo_jax.model import gemma_flax, transformer
 from mdpo_jax.model.families import ModelConfig
 from mdpo_jax.model.folders import new_folder, refuse_existing
@@ -86,14 +86,14 @@ class Policy:
         if isinstance(dtype, str):
             _dtype(dtype)
         refuse_existing(target)  # in every process, or the others would wait for the first
-        if jax.process_index() == 0:
+        hosts.wait()
+        if hosts.first():
             with new_folder(target) as partial:
                 write_params(partial, self.params, self.config, dtype)
                 self._write_beside(partial, dtype, also or {})
         else:
             write_params(target, self.params, self.config, dtype)  # takes part in the gathering
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"saved {target}")
+        hosts.wait()
         return target
 
     def _write_beside(
@@ -181,7 +181,7 @@ def fingerprint(params: Any) -> str:
     """
     total = hashlib.sha256()
     for path, x in jax.tree_util.tree_leaves_with_path(params):
-        sums = np.asarray(_sums(jnp.asarray(x))).tolist()
+        sums = hosts.fetch(_sums(jnp.asarray(x))).tolist()
         total.update(f"{jax.tree_util.keystr(path)} {x.shape} {x.dtype} {sums}\n".encode())
     return total.hexdigest()[:16]
 

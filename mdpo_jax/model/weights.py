@@ -23,9 +23,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from huggingface_hub import split_state_dict_into_shards_factory
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 
+from mdpo_jax import hosts
 from mdpo_jax.model import staging
 from mdpo_jax.model.families import ModelConfig, Weight, axis_sizes, leaf, nest, weight_map
 from mdpo_jax.model.sharding import partition
@@ -390,7 +390,9 @@ def _tensors(
         # Devices hold no float64.
         kind = np.dtype(np.float32 if dtype == np.float64 else dtype)
         x = leaf(params, w.path)
-        x = _host(_take(x, layer, kind) if w.stacked else x if x.dtype == kind else x.astype(kind))
+        x = hosts.fetch(
+            _take(x, layer, kind) if w.stacked else x if x.dtype == kind else x.astype(kind)
+        )
         if w.axes.split() != [axis for group in w.groups for axis in group]:
             part = x.reshape(math.prod(sizes[axis] for axis in w.groups[-1]), -1)
             key = (part.shape, kind)
@@ -409,10 +411,3 @@ def _turn(out: np.ndarray, part: np.ndarray, pool: ThreadPoolExecutor) -> None:
 @functools.partial(jax.jit, static_argnums=2)
 def _take(stack: jax.Array, layer: Any, dtype: Any) -> jax.Array:
     return jax.lax.dynamic_index_in_dim(stack, layer, 0, keepdims=False).astype(dtype)
-
-
-def _host(x: jax.Array) -> np.ndarray:
-    """The whole of `x` on each host."""
-    if getattr(x, "is_fully_addressable", True):
-        return np.asarray(x)
-    return np.asarray(multihost_utils.process_allgather(x, tiled=True))

@@ -10,8 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mdpo_jax import hosts
 from mdpo_jax.chat import Chat
-from mdpo_jax.config import Config
+from mdpo_jax.config import Config, ConfigError
 from mdpo_jax.data import synthetic
 from mdpo_jax.data.packing import Layout
 from mdpo_jax.environment.interpreter import PythonInterpreter
@@ -27,6 +28,7 @@ from mdpo_jax.model.policy import Policy, load_policy
 from mdpo_jax.pipeline.files import stage
 from mdpo_jax.pipeline.parameters import Adapters, Parameters
 from mdpo_jax.rollout.engine import Engine, Limits
+from mdpo_jax.rollout.layout import Placement, decode_mesh
 from mdpo_jax.rollout.remote import RemoteEngine, RemoteSampler
 from mdpo_jax.rollout.sampler import Sampler
 from mdpo_jax.rollout.sampling import Sampling
@@ -72,6 +74,12 @@ class Context:
         """The configured mesh; None for one device."""
         m, devices = self.config.mesh, len(jax.devices())
         fsdp = m.fsdp or max(1, devices // (m.data * m.tensor))
+        size = m.data * fsdp * m.tensor
+        if hosts.several() and size != devices:
+            raise ConfigError(
+                f"config.mesh: data {m.data} x fsdp {fsdp} x tensor {m.tensor} = {size} of the "
+                f"{devices} devices of {jax.process_count()} processes; expected all of them"
+            )
         return None if m.data * fsdp * m.tensor == 1 else sharding.make_mesh(m.data, fsdp, m.tensor)
 
     @functools.cached_property
@@ -81,10 +89,11 @@ class Context:
         folder = self.directory / "start" / "model"
         if not m.path:
             # A folder there is whole, for `save` renames it into place.
-            stage(
-                folder.parent,
-                lambda _: None if folder.exists() else {"model": self._fresh().save(folder).name},
-            )
+            def make(_: Path) -> dict[str, str] | None:
+                there = hosts.by_first(folder.exists)
+                return None if there else {"model": self._fresh().save(folder).name}
+
+            stage(folder.parent, make)
         return load_policy(m.path or folder, m.param_dtype, self.mesh)
 
     def _fresh(self) -> Policy:
@@ -152,9 +161,16 @@ class Context:
         """One sampler for all policies of the run: it compiles once, or has its servers."""
         r = self.config.rollout
         if r.backend == "http":
+            if hosts.several():
+                raise ConfigError(
+                    f"config.rollout.backend=http: {jax.process_count()} processes would each load "
+                    "the servers; expected config.mesh.hosts=1, or rollout.backend=local"
+                )
             return RemoteSampler(r, self.chat, self.policy, self.directory / "served")
-        shapes = Shapes.make(r.slots, r.context, r.block)
-        return Sampler(self.shape, shapes, self.chat.stop_ids, r.decode_dtype)
+        layout = Placement(decode_mesh(self.mesh, r.tensor))
+        slots = -(-r.slots // layout.ways) * layout.ways
+        shapes = Shapes.make(slots, r.context, r.block)
+        return Sampler(self.shape, shapes, self.chat.stop_ids, r.decode_dtype, layout)
 
     @property
     def limits(self) -> Limits:

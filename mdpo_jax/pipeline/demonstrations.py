@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mdpo_jax import hosts
 from mdpo_jax.chat import ChatError, check_roles
 from mdpo_jax.config import ConfigError
 from mdpo_jax.data import packing, synthetic
@@ -88,7 +89,8 @@ def _read(path: Path, quarantine: Path) -> list[Messages]:
                 good.append(_messages(line))
             except ChatError as error:
                 bad.append({"line": number, "reason": str(error), "text": line[:_KEPT_TEXT]})
-    quarantine.write_text("".join(json.dumps(row) + "\n" for row in bad), encoding="utf-8")
+    if hosts.first():
+        quarantine.write_text("".join(json.dumps(row) + "\n" for row in bad), encoding="utf-8")
     if not good:
         first = f"; line {bad[0]['line']}: {bad[0]['reason']}" if bad else "; it is empty"
         raise ConfigError(f"{named}: no usable row{first}")

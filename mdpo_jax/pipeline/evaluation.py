@@ -6,12 +6,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import jax
 import numpy as np
 
+from mdpo_jax import hosts
 from mdpo_jax.data.packing import item
 from mdpo_jax.data.parts import parts_of
 from mdpo_jax.data.store import Graded, graded_from, graded_row, read_lines, write_lines
 from mdpo_jax.pipeline.context import Context
+from mdpo_jax.pipeline.files import missing
 from mdpo_jax.reporting.metrics import pass_at_k, wilson_interval
 from mdpo_jax.rollout.engine import Request
 from mdpo_jax.rollout.sampling import GREEDY, Sampling
@@ -67,12 +70,14 @@ def evaluate(
     graded: dict[str, list[Graded]] = {}
     for name, (some, samples, sampling) in runs.items():
         path = folder / f"{split}-{name}.jsonl.gz"
-        if not path.exists():
-            found = sample(
-                context, some, samples=samples, stream=f"evaluate/{split}", policy=policy,
+
+        def sampled_of(own: Sequence[Problem], samples=samples, sampling=sampling) -> list[Graded]:
+            return sample(
+                context, own, samples=samples, stream=f"evaluate/{split}", policy=policy,
                 sampling=sampling, advance=advance,
             )  # fmt: skip
-            write_lines(path, map(graded_row, found))
+
+        _dealt(path, some, sampled_of)
         graded[name] = [graded_from(row) for row in read_lines(path)]
     rows = [{"split": split, "decoding": d, **_figures(graded[d])} for d in ("greedy", "sampled")]
     if pass_k:
@@ -81,6 +86,32 @@ def evaluate(
     if reference is not None and sampled.of_the_policy:
         rows[1] |= kl_estimate(context, [g.trajectory for g in graded["sampled"]], reference)
     return rows
+
+
+def _dealt(
+    path: Path, problems: Sequence[Problem], work: Callable[[Sequence[Problem]], list[Graded]]
+) -> None:
+    """The file of all problems' trajectories in their order, each process sampling its share."""
+    if not missing([path]):
+        return
+    count = jax.process_count()
+    if count == 1:
+        write_lines(path, map(graded_row, work(problems)))
+        return
+    parts = [path.with_name(f"{path.name}.{i}-of-{count}") for i in range(count)]
+    own = parts[jax.process_index()]
+    if not own.exists():
+        write_lines(own, map(graded_row, work(hosts.mine(problems))))
+    hosts.wait()
+
+    def joined() -> None:
+        rows = [row for part in parts for row in read_lines(part)]
+        place = {problem.id: i for i, problem in enumerate(problems)}
+        write_lines(path, sorted(rows, key=lambda r: (place[r["problem_id"]], r["sample"])))
+        for part in path.parent.glob(f"{path.name}.*-of-*"):  # of a run of other processes, too
+            part.unlink()
+
+    hosts.by_first(joined)
 
 
 def correct(folder: Path, split: str, decoding: str) -> np.ndarray:

@@ -8,22 +8,23 @@ that is on disk is not sampled again and a rerun gives the same.
 from __future__ import annotations
 
 import itertools
-import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from mdpo_jax import hosts
 from mdpo_jax.config import Config
 from mdpo_jax.data import store
 from mdpo_jax.data.store import Graded
 from mdpo_jax.exploration import TREES
 from mdpo_jax.grading.normalise import answer_key
-from mdpo_jax.pipeline import evaluation, kept, stages
+from mdpo_jax.pipeline import evaluation, kept, rollouts, stages
 from mdpo_jax.pipeline.context import Context
 from mdpo_jax.pipeline.evaluation import Advance
+from mdpo_jax.pipeline.rollouts import Chunk
 from mdpo_jax.reporting.diversity import mean_distance
 from mdpo_jax.rollout.explore import (
     Branching,
@@ -35,7 +36,6 @@ from mdpo_jax.rollout.explore import (
 )
 from mdpo_jax.types import Problem, Trajectory, Verdict
 
-_log = logging.getLogger(__name__)
 _COMPARED = 200  # problems whose trajectories are compared token by token
 
 
@@ -80,9 +80,11 @@ def rollout(
     r = context.config.rollout
     if plain(context.config):
         mixed = [(policies[-1], r.samples), (policies[-2], r.previous_samples)]
-        done = stages.rollout(context, folder, iteration, mixed, advance)
+        done = rollouts.rollout(context, folder, iteration, mixed, advance)
     else:
         done = _sampled(context, folder, iteration, sources(context.config, policies), advance)
+    if not hosts.first():
+        return done
     prefilled = done["activity"]["tokens_prefilled"]
     return {**done, "exploration": summary(context.config, folder, prefilled)}
 
@@ -91,43 +93,22 @@ def _sampled(
     context: Context, folder: Path, iteration: int, order: Sequence[Source], advance: Advance
 ) -> dict[str, Any]:  # fmt: skip
     problems = stages.read_problems(context, f"iteration-{iteration}")
-    size, active = context.config.rollout.chunk_problems, context.engine.activity.copy()
-    before_us = context.interpreter.rechecks()
-    trajectories, right, statuses = 0, 0, Counter[str]()
-    for place, source in enumerate(order):
-        loaded = False
-        for start in range(0, len(problems), size):
-            name, chunk = f"{start:06d}.jsonl.gz", problems[start : start + size]
-            target = folder / f"{place:03d}-{name}"
-            there = target.exists()
-            if not there:
-                if not loaded:
-                    context.sampler.load(context.load(source.path))
-                    loaded = True
-                earlier = [folder / f"{i:03d}-{name}" for i in range(place)]
-                purses = _purses(context.config, chunk, order, place, earlier)
-                found = _explored(context, chunk, source.path, purses, iteration, advance)
-                store.write_lines(target, map(store.graded_row, found))
-            for row in store.read_lines(target):
-                trajectories += 1
-                if there:
-                    advance(1)
-                right += row["label"] == "correct"
-                # Those before it branched off are its parent's.
-                statuses.update(row["tool_statuses"][row.get("branch", 0) :])
-    lost = statuses["timeout"] + statuses["killed"]
-    if lost:
-        total = statuses.total()
-        _log.warning("rollout: %d tool calls of %d timed out or were killed", lost, total)
-    return {
-        **stages._rechecks(context, before_us),
-        "trajectories": trajectories,
-        "correct": right / max(1, trajectories),
-        "statuses": dict(sorted(statuses.items())),
-        "activity": (context.engine.activity - active).report(),
-        "compilations": context.sampler.compilations(),
-        "compilations_after_warm_up": context.sampler.late_compilations(),
-    }
+    size = context.config.rollout.chunk_problems
+    chunks = [
+        [
+            Chunk(folder / f"{place:03d}-{start:06d}.jsonl.gz", problems[start : start + size])
+            for start in range(0, len(problems), size)
+        ]
+        for place in range(len(order))
+    ]
+
+    def work(place: int, chunk: Chunk, tell: Callable[[int], None]) -> list[Graded]:
+        name = chunk.file.name.split("-", 1)[1]
+        earlier = [folder / f"{i:03d}-{name}" for i in range(place)]
+        purses = _purses(context.config, chunk.problems, order, place, earlier)
+        return _explored(context, chunk.problems, order[place].path, purses, iteration, tell)
+
+    return rollouts.dealt(context, [source.path for source in order], chunks, work, advance)
 
 
 def _purses(
@@ -146,7 +127,7 @@ def _purses(
 
 def _explored(
     context: Context, problems: Sequence[Problem], policy: Path, purses: Mapping[str, Purse],
-    iteration: int, advance: Advance,
+    iteration: int, tell: Callable[[int], None],
 ) -> list[Graded]:  # fmt: skip
     config, stream = context.config, f"{context.config.seed}/iteration-{iteration}"
     golds = {p.id: p.answer for p in problems}
@@ -160,9 +141,6 @@ def _explored(
 
     def right(trajectory: Trajectory) -> float:
         return float(verdict(trajectory).correct)
-
-    def tell(done: int) -> None:
-        advance(done, context.engine.live())
 
     def of(problem: Problem) -> Strategy:
         e, temperature = config.explore, config.rollout.temperature

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from mdpo_jax import recipes
+from mdpo_jax import hosts, recipes
 from mdpo_jax.config import Config, ConfigError, Mesh
 from mdpo_jax.model import gemma_flax, hub, lora, sharding, weights
 from mdpo_jax.model.families import ModelConfig, nest, weight_map
@@ -301,7 +301,8 @@ def _flag_value(value: str) -> str:
 def export_chosen(config: Config, results: dict[str, Any]) -> Path:
     """The chosen checkpoint in `DIR/export`, made once."""
     out = config.directory / "export"
-    if not out.exists():
-        shutil.rmtree(out.with_name("export.partial"), ignore_errors=True)
+    if hosts.by_first(lambda: not out.exists()):
+        if hosts.first():
+            shutil.rmtree(out.with_name("export.partial"), ignore_errors=True)
         export_step(_step_of_run(config.directory, results["chosen_iteration"]), out)
     return out

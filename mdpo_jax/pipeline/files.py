@@ -1,4 +1,8 @@
-"""The run directory: stages that are done or not, and files that are whole or absent."""
+"""The run directory: stages that are done or not, and files that are whole or absent.
+
+Of several processes (hosts.py) the first one holds it and writes into it; the others write only the
+files that are dealt to them, and all wait for each other before and after every stage.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,13 @@ import dataclasses
 import fcntl
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from mdpo_jax import hosts
 from mdpo_jax.config import Config, ConfigError
+from mdpo_jax.data import store
 from mdpo_jax.recipes import differences, from_dict
 
 DONE, RESULTS = "done.json", "results.json"
@@ -52,8 +58,14 @@ def open_run(config: Config) -> Iterator[Path]:
 
     Refuses one that belongs to another configuration.
     """
-    with held(config.directory, f"config.workdir={str(config.directory)!r}") as directory:
-        _claim(config, directory)
+    directory = config.directory
+    with contextlib.ExitStack() as stack:
+
+        def take() -> None:
+            stack.enter_context(held(directory, f"config.workdir={str(directory)!r}"))
+            _claim(config, directory)
+
+        hosts.by_first(take)
         yield directory
 
 
@@ -93,15 +105,45 @@ def _claim(config: Config, directory: Path) -> None:
         write_json(known, fields)
 
 
-def stage(folder: Path, work: Callable[[Path], dict[str, Any] | None]) -> dict[str, Any]:
+def stage(
+    folder: Path, work: Callable[[Path], dict[str, Any] | None], *, alone: bool = False
+) -> dict[str, Any]:
     """Run `work(folder)` unless it is done; its summary is kept in the folder's done.json.
 
     The summary is written last, so a folder without one is of a stage that was interrupted; the
     work then starts anew and may reuse whole files that it finds there.
+    alone: of several processes only the first one works, the others wait; else all do, and the
+    summary is the first one's.
     """
     done = folder / DONE
-    if done.exists():
+
+    def begun() -> dict[str, Any] | None:
+        if done.exists():
+            return read_json(done)
+        folder.mkdir(parents=True, exist_ok=True)
+        return None
+
+    def ended(summary: dict[str, Any] | None) -> dict[str, Any]:
+        write_json(done, summary or {})
         return read_json(done)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(done, work(folder) or {})
-    return read_json(done)
+
+    found = hosts.by_first(begun)
+    if found is not None:
+        return found
+    if alone:
+        return hosts.by_first(lambda: ended(work(folder)))
+    summary = work(folder)
+    hosts.wait()  # until every file is there
+    return hosts.by_first(lambda: ended(summary))
+
+
+def write_rows(path: Path, rows: Iterable[dict]) -> None:
+    """`store.write_lines` of what every process has: the first one writes."""
+    if hosts.first():
+        store.write_lines(path, rows)
+
+
+def missing(paths: Sequence[Path]) -> list[Path]:
+    """Those that are not there, as the first process sees it: all must deal the same ones."""
+    gone = hosts.by_first(lambda: [i for i, path in enumerate(paths) if not path.exists()])
+    return [paths[i] for i in gone]

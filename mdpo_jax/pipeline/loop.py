@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mdpo_jax import hosts
 from mdpo_jax.config import Config, ConfigError
 from mdpo_jax.pipeline import exploring, monte_carlo, reference, stages
 from mdpo_jax.pipeline.context import Context
@@ -23,15 +24,18 @@ def run(config: Config) -> dict[str, Any]:
     A run that has its results.json is finished: it is read and nothing is done again.
     """
     with open_run(config) as directory:
-        if (directory / RESULTS).exists():
-            return read_json(directory / RESULTS)
+        finished = directory / RESULTS
+        known = hosts.by_first(lambda: read_json(finished) if finished.exists() else None)
+        if known is not None:
+            return known
         with contextlib.closing(Context(config, directory)) as context:
             return _run(context)
 
 
 def _run(context: Context) -> dict[str, Any]:
     config, directory = context.config, context.directory
-    stage(directory / "problems", lambda f: stages.prepare_problems(context, f))
+    _ = context.start  # of all processes, before one of them works alone
+    stage(directory / "problems", lambda f: stages.prepare_problems(context, f), alone=True)
     dev, test = (stages.read_problems(context, name) for name in ("dev", "test"))
     last = config.last_iteration
     sft = directory / "sft"
@@ -56,7 +60,7 @@ def _run(context: Context) -> dict[str, Any]:
         "comparisons": _compare(context, last) if last else [],
         "compilations": _compilations(context),
     }
-    write_json(directory / RESULTS, results)
+    hosts.by_first(lambda: write_json(directory / RESULTS, results))
     return results
 
 
@@ -83,7 +87,7 @@ def _iterate(context: Context, folder: Path, t: int, policies: list[Path]) -> No
     total = exploring.expected(config, len(stages.read_problems(context, f"iteration-{t}")))
     with _timed(context, f"iteration {t}: rollout", total) as advance:
         stage(folder / "rollout", lambda f: exploring.rollout(context, f, t, policies, advance))
-    stage(folder / "pairs", lambda f: stages.build_pairs(context, f, t))
+    stage(folder / "pairs", lambda f: stages.build_pairs(context, f, t), alone=True)
     start = policies[-1] if train.start == "previous" else policies[1]
     if config.preset.objective != "likelihood":
         first = 1 if train.data == "all" else t
@@ -167,6 +171,9 @@ def _compare(context: Context, last: int) -> list[dict[str, Any]]:
 def _timed(context: Context, what: str, total: int | None) -> Iterator[Advance]:
     """Progress for one stage, and its seconds in the run's log."""
     start, done = time.monotonic(), 0
+    if not hosts.first():
+        yield lambda count, text=None: None
+        return
     with progress(what, total) as tell:
 
         def advance(count: int, text: str | None = None) -> None:

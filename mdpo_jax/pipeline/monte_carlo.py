@@ -22,12 +22,14 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from mdpo_jax import hosts
 from mdpo_jax.data import store
 from mdpo_jax.environment.replay import Replayed
 from mdpo_jax.environment.tool import Observation
 from mdpo_jax.objectives.term_c import soft_value
 from mdpo_jax.pipeline.context import Context
 from mdpo_jax.pipeline.evaluation import Advance, verdict
+from mdpo_jax.pipeline.files import missing
 from mdpo_jax.pipeline.reference import PAIRS
 from mdpo_jax.rollout.engine import Prefix, Request
 from mdpo_jax.rollout.sampling import Sampling
@@ -54,19 +56,18 @@ def estimate(
     """
     settings, known = context.config.term_c, {p.id: p for p in problems}
     found = list(store.read_lines(folder.parent / "reference" / PAIRS))
-    size, loaded = context.config.rollout.chunk_problems, False
-    for start in range(0, len(found), size):
-        target = folder / f"{start:06d}.jsonl.gz"
-        if target.exists():
-            continue
-        if not loaded:
-            context.sampler.load(context.load(reference))
-            loaded = True
+    size = context.config.rollout.chunk_problems
+    wanted = missing([folder / f"{start:06d}.jsonl.gz" for start in range(0, len(found), size)])
+    if wanted:
+        context.sampler.load(context.load(reference))
+    for target in hosts.mine(wanted):
+        start = int(target.name.split(".")[0])
         pairs = [store.pair_from(row) for row in found[start : start + size]]
         sides = [t for pair in pairs for t in (pair.chosen, pair.rejected)]
         values = _term_c(context, sides, known, folder.parent.name, advance)
         rows = zip(values[::2], values[1::2], strict=True)
         store.write_lines(target, ({"chosen": c, "rejected": r} for c, r in rows))
+    hosts.wait()
     margins = [r["rejected"] - r["chosen"] for r in read(folder)]
     return {
         "pairs": len(margins),

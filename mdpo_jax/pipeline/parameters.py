@@ -17,6 +17,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from mdpo_jax import hosts
 from mdpo_jax.config import ConfigError
 from mdpo_jax.model import lora
 from mdpo_jax.model.families import ModelConfig
@@ -97,7 +98,7 @@ class Adapters(Parameters):
         return checkpoint.load_params(path, self._new), self.base
 
     def save(self, path: Path, params: Any, base: Any) -> None:
-        if base is not None:
+        if base is not None and hosts.first():
             write_json(_note(path), {"base": self.fingerprint, "source": self.source})
         checkpoint.save_params(path, params)
 
@@ -114,12 +115,12 @@ class Adapters(Parameters):
     @functools.cached_property
     def _new(self) -> Any:
         """The seed's, so that every stage and every rerun begins with the same."""
-        where: Any = jax.devices()[0]
-        if self.mesh is not None:
-            where = lora.shardings(self.config, self.adapter, self.mesh)
-        make = jax.jit(functools.partial(lora.init, self.config, self.adapter))
+        make, key = functools.partial(lora.init, self.config, self.adapter), self.seed
         # On its devices, as what is read from disk is: else programs would compile twice.
-        return jax.device_put(make(jax.random.key(self.seed)), where)
+        if self.mesh is None:
+            return jax.device_put(jax.jit(make)(jax.random.key(key)), jax.devices()[0])
+        where = lora.shardings(self.config, self.adapter, self.mesh)
+        return jax.jit(lambda: make(jax.random.key(key)), out_shardings=where)()
 
     def _over(self, base: Any) -> Trainable:
         return copy_params(self._new), base

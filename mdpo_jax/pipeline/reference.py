@@ -21,7 +21,7 @@ from mdpo_jax.data.store import Graded
 from mdpo_jax.model.policy import fingerprint
 from mdpo_jax.objectives import mismatched_rows
 from mdpo_jax.pipeline.context import Context
-from mdpo_jax.pipeline.files import DONE, read_json
+from mdpo_jax.pipeline.files import DONE, read_json, write_rows
 from mdpo_jax.types import Pair, Trajectory
 
 PAIRS, MISMATCHED, ROLLOUTS = "pairs.jsonl.gz", "mismatched.jsonl.gz", "rollouts.jsonl.gz"
@@ -99,17 +99,17 @@ def score_reference(
         Pair(q.chosen, q.rejected, scores[2 * i], scores[2 * i + 1]) for i, q in enumerate(found)
     ]
     mark = {"reference": name}
-    store.write_lines(folder / PAIRS, (store.pair_row(q) | mark for q in scored))
+    write_rows(folder / PAIRS, (store.pair_row(q) | mark for q in scored))
     first, second = len(sides), len(sides) + len(borrowed)
     if borrowed:
         rows = zip(borrowed, scores[first:second], strict=True)
-        store.write_lines(folder / MISMATCHED, (store.scored_row(t, s) | mark for t, s in rows))
+        write_rows(folder / MISMATCHED, (store.scored_row(t, s) | mark for t, s in rows))
     if rollouts:
         rows = (
             store.scored_row(g.trajectory, s) | {"correct": g.verdict.correct} | mark
             for g, s in zip(rollouts, scores[second:], strict=True)
         )
-        store.write_lines(folder / ROLLOUTS, rows)
+        write_rows(folder / ROLLOUTS, rows)
     return {"pairs": len(scored), "reference": name}
 
 

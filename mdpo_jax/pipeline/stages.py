@@ -5,22 +5,22 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mdpo_jax import hosts
 from mdpo_jax.config import ConfigError
 from mdpo_jax.data import packing, pairs, store, synthetic
 from mdpo_jax.data.pairing import siblings
 from mdpo_jax.data.problems import load_problems
-from mdpo_jax.environment.determinism import Rechecks
 from mdpo_jax.exploration import CHOICE
 from mdpo_jax.pipeline.context import EARLIER, PARAMS, Context, suite
 from mdpo_jax.pipeline.demonstrations import demonstrations
-from mdpo_jax.pipeline.evaluation import Advance, sample
+from mdpo_jax.pipeline.evaluation import Advance
 from mdpo_jax.pipeline.examples import examples
 from mdpo_jax.pipeline.kept import keeper
 from mdpo_jax.pipeline.reference import Sources, checked, identity
@@ -193,75 +193,6 @@ def _in_turn(parts: Sequence[tuple[int, Iterator[Any]]]) -> Iterator[Any]:
     yield from parts[-1][1]
 
 
-def rollout(
-    context: Context, folder: Path, iteration: int, sources: Sequence[tuple[Path, int]],
-    advance: Advance,
-) -> dict[str, Any]:  # fmt: skip
-    """Sample each problem from a mixture of policies: (parameters, samples) each, in order.
-
-    One file a chunk of problems; a chunk that is on disk is not sampled again.
-    """
-    problems = read_problems(context, f"iteration-{iteration}")
-    size = context.config.rollout.chunk_problems
-    first, labels, statuses = 0, Counter[str](), Counter[str]()
-    before_us, active = context.interpreter.rechecks(), context.engine.activity.copy()
-
-    def tell(done: int) -> None:
-        share = f", correct {labels['correct'] / labels.total():.0%}" if labels else ""
-        advance(done, context.engine.live() + share)
-
-    for path, count in sources:
-        loaded = False
-        for start in range(0, len(problems), size) if count else ():
-            chunk = problems[start : start + size]
-            target = folder / f"{first:03d}-{start:06d}.jsonl.gz"
-            if not target.exists():
-                if not loaded:
-                    context.sampler.load(context.load(path))
-                    loaded = True
-                found = sample(
-                    context, chunk, samples=range(first, first + count),
-                    stream=f"iteration-{iteration}", policy=str(path.relative_to(context.directory)),
-                    sampling=context.sampling(context.config.rollout.temperature), advance=tell,
-                )  # fmt: skip
-                store.write_lines(target, map(store.graded_row, found))
-            else:
-                advance(len(chunk) * count)
-            for row in store.read_lines(target):
-                labels[row["label"]] += 1
-                statuses.update(row["tool_statuses"])
-        first += count
-    # These mean that the machine, not the code, may have been slow.
-    lost = statuses["timeout"] + statuses["killed"]
-    if lost:
-        _log.warning(
-            "rollout: %d tool calls of %d timed out or were killed", lost, statuses.total()
-        )
-    return {
-        **_rechecks(context, before_us),
-        "trajectories": labels.total(),
-        "correct": labels["correct"] / max(1, labels.total()),
-        "statuses": dict(sorted(statuses.items())),
-        "activity": (context.engine.activity - active).report(),
-        "compilations": context.sampler.compilations(),
-        "compilations_after_warm_up": context.sampler.late_compilations(),
-    }
-
-
-def _rechecks(context: Context, before: Rechecks) -> dict[str, int]:
-    """Tool calls that were run again since `before`, and how many then said something else.
-
-    Those of this process: a rollout that was killed and resumed tells of its last part.
-    """
-    if not context.config.tool.check_determinism:
-        return {}
-    now = context.interpreter.rechecks()
-    checked, differing = now.checked - before.checked, now.differed - before.differed
-    if differing:
-        _log.warning("rollout: %d of %d tool calls that were run again differ", differing, checked)
-    return {"rechecked_calls": checked, "differing_calls": differing}
-
-
 def build_pairs(context: Context, folder: Path, iteration: int) -> dict[str, Any]:
     """Pairs, and RAFT's right trajectories, from an iteration's rollouts."""
     p = context.config.pairs
@@ -381,6 +312,9 @@ def _alarmed(
 @contextlib.contextmanager
 def _recorded(folder: Path, advance: Advance) -> Iterator[Callable[[int, dict[str, float]], None]]:
     """A trainer's `report` into the stage's metrics; a stage that starts anew starts them anew."""
+    if not hosts.first():
+        yield lambda step, values: advance(1)
+        return
     path = folder / "metrics.jsonl"
     path.unlink(missing_ok=True)
     with MetricsWriter(path) as metrics:

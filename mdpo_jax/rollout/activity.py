@@ -71,3 +71,14 @@ class Activity:
             "mean_tools_busy": round(self.tool_seconds / seconds, 3),
             "tool_overlap": round(self.overlap_seconds / decoding, 4),
         }
+
+
+# What passes at the same time on every host, where the rest adds up.
+_CLOCKS = ("seconds", "decode_seconds", "overlap_seconds")
+
+
+def together(hosts: Sequence[Activity]) -> Activity:
+    """Of engines that work side by side: what they did is added up, the time they took averaged."""
+    rows = [dataclasses.asdict(one) for one in hosts]
+    sums: dict[str, Any] = {name: sum(row[name] for row in rows) for name in rows[0]}
+    return Activity(**sums | {name: sums[name] / len(rows) for name in _CLOCKS})

@@ -4,7 +4,8 @@
     slot 1 | prompt .... action .....                                   |  lengths[1]
 
 Every function takes fixed shapes (shapes.py), so nothing compiles after warm-up.  The randomness of
-a token depends on its trajectory's key and its position alone.
+a token depends on its trajectory's key and its position alone.  On a mesh each function runs once a
+shard of the slots (layout.py), and what is said of slots below holds within a shard.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdpo_jax.model import caching, lora, transformer
-from mdpo_jax.model.families import ModelConfig
+from mdpo_jax.model.families import ModelConfig, nest
+from mdpo_jax.model.sharding import constrain
+from mdpo_jax.rollout.layout import ONE_DEVICE, ROWS, WHOLE, Placement, flat, resharded
 from mdpo_jax.rollout.sampling import GREEDY, Sampling, draw
 from mdpo_jax.rollout.shapes import Shapes
 
@@ -34,7 +37,8 @@ class DecodeState(NamedTuple):
 
     cache: see transformer.init_cache.  logits [R V] float32: of each slot's next token.
     first_logits [R V] float32: those after the tokens that it began with, for `copy`.
-    lengths [R] int32: tokens in the cache.  keys [R]: the random key of each slot's trajectory.
+    lengths [R] int32: tokens in the cache.  keys [R 2] uint32: the random key of each slot's
+    trajectory, as words, since sharded, an array of keys comes back in another spec and compiles anew.
     """
 
     cache: Any
@@ -59,32 +63,72 @@ class Sampler:
     sampled, since it was made.
     """
 
-    def __init__(self, config: ModelConfig, shapes: Shapes, stop_ids: tuple[int, ...], dtype: str):
+    def __init__(
+        self, config: ModelConfig, shapes: Shapes, stop_ids: tuple[int, ...], dtype: str,
+        placement: Placement = ONE_DEVICE,
+    ):  # fmt: skip
+        """Raises ValueError where the layout cannot deal the slots evenly."""
         self.config, self.shapes, self.stop_ids = config, shapes, stop_ids
+        self._placement, self._part = placement, placement.per_shard(shapes)
         self._dtype = jnp.dtype(dtype)
         self._params: Any = None
         self._overhead = _OVERHEAD.get(jax.default_backend(), _OVERHEAD_ELSEWHERE)
         self._unstack = jax.jit(functools.partial(_unstack, self._dtype))
-        model = config, self._dtype
-        prefill = functools.partial(_prefill, *model, shapes.slack)
-        self._prefill = jax.jit(prefill, donate_argnums=1)
-        self._extend = jax.jit(functools.partial(_extend, *model), donate_argnums=1)
-        self._copy = jax.jit(_copy, static_argnums=0, donate_argnums=1)
-        decode = functools.partial(_decode, *model, shapes.block, stop_ids)
-        self._decode = jax.jit(decode, static_argnums=0, donate_argnums=2)
+        self._make_programs()
         self.tokens_prefilled = self.tokens_copied = self.tokens_decoded = 0
         self._warm: set[tuple[str, int, int]] = set()
         self._expected = 0
+
+    def _make_programs(self) -> None:
+        placement, part, model = self._placement, self._part, (self.config, self._dtype)
+        state, out = self._shardings()
+        one = {"takes": (WHOLE, *[ROWS] * 6), "gives": ROWS, "donate": 1, "shardings": state}
+        self._prefill = placement.program(functools.partial(_prefill, *model, part.slack), **one)
+        self._extend = placement.program(functools.partial(_extend, *model), **one)
+        copy = functools.partial(_copy, placement.over)
+        self._copy = placement.program(copy, **one | {"takes": [ROWS] * 5, "statics": 1})
+        self._decode = placement.program(
+            functools.partial(_decode, *model, part.block, self.stop_ids),
+            takes=(WHOLE, ROWS, ROWS, WHOLE), gives=ROWS, statics=1, donate=2,
+            shardings=(state, out, out, out),
+        )  # fmt: skip
+
+    def _shardings(self) -> tuple[Any, Any]:
+        """Of the state, and of an array by slot; None without a mesh."""
+        place = self._placement.place
+        if self._placement.mesh is None:
+            return None, None
+
+        def one(path: Any, x: jax.ShapeDtypeStruct) -> Any:
+            heads = "kv_heads" if path[0].name == "cache" else None
+            return place(("rows", heads, None, None)[: x.ndim], x.shape)
+
+        state = jax.tree_util.tree_map_with_path(one, jax.eval_shape(self._empty))
+        return state, place(("rows",), (self.shapes.slots,))
 
     def load(self, params: Any) -> None:
         """Take stacked training parameters as the policy to sample from.
 
         An adapter is merged into the copy that this makes: decoding then costs what the base does.
+        On a mesh a leaf that the caller does not hold either is freed as soon as it is read.
         """
-        self._params = self._unstack(params)
+        self._params = None  # the last policy's, which are not needed beside the next one's
+        if self._placement.mesh is None:
+            self._params = self._unstack(params)
+            return
+        leaves = flat(params)
+        del params
+        found: dict[str, jax.Array] = {}
+        for layers in resharded(leaves, self.config, self._dtype, self._placement.mesh):
+            found |= layers
+        self._params = nest(found)
 
     def start(self) -> DecodeState:
         """Empty slots."""
+        state, _ = self._shardings()
+        return self._empty() if state is None else jax.jit(self._empty, out_shardings=state)()
+
+    def _empty(self) -> DecodeState:
         s = self.shapes
         logits = jnp.zeros((s.slots, self.config.vocab_size), jnp.float32)
         return DecodeState(
@@ -92,7 +136,7 @@ class Sampler:
             logits,
             jnp.zeros_like(logits),
             jnp.zeros(s.slots, jnp.int32),
-            jax.random.split(jax.random.key(0), s.slots),
+            jnp.zeros((s.slots, 2), jnp.uint32),
         )
 
     @property
@@ -109,24 +153,31 @@ class Sampler:
         """Append new tokens to some slots: a beginning at length 0, or an observation further on."""
         for call, fresh in ((self._prefill, True), (self._extend, False)):
             some = [i for i, length in enumerate(lengths) if (length == 0) == fresh]
-            for group in self.shapes.groups([len(ids[i]) for i in some], self._overhead):
-                rows = [some[i] for i in group]
+            groups = self._placement.groups(
+                self._part, [slots[i] for i in some], [len(ids[i]) for i in some], self._overhead
+            )
+            for shards in groups:
+                rows = [[some[i] for i in of] for of in shards]
                 arrays = self._padded(rows, slots, ids, lengths, seeds)
                 state = call(self._params, state, *arrays)
         self.tokens_prefilled += sum(map(len, ids))
         return state
 
-    def _padded(self, rows, slots, ids, lengths, seeds) -> tuple[np.ndarray, ...]:
-        """tokens, where, held, new and seeds of a call."""
-        s = self.shapes
-        count = s.rows(len(rows))
-        tokens = np.zeros((count, s.width(max(len(ids[i]) for i in rows))), np.int32)
+    def _padded(self, shards, slots, ids, lengths, seeds) -> tuple[np.ndarray, ...]:
+        """tokens, where, held, new and seeds of a call, a block of rows for each shard."""
+        s, ways = self._part, self._placement.ways
+        count = s.rows(max(map(len, shards)))
+        longest = max(len(ids[i]) for of in shards for i in of)
+        tokens = np.zeros((ways * count, s.width(longest)), np.int32)
         # Padding rows point past the last slot: their reads clip and their writes are dropped.
-        where, held, new = np.full(count, s.slots, np.int32), *np.zeros((2, count), np.int32)
-        words = np.zeros((count, 2), np.uint32)
-        for r, i in enumerate(rows):
-            tokens[r, : len(ids[i])] = ids[i]
-            where[r], held[r], new[r], words[r] = slots[i], lengths[i], len(ids[i]), seeds[i]
+        where = np.full(ways * count, s.slots, np.int32)
+        held, new = np.zeros((2, ways * count), np.int32)
+        words = np.zeros((ways * count, 2), np.uint32)
+        for shard, of in enumerate(shards):
+            for r, i in enumerate(of, shard * count):
+                tokens[r, : len(ids[i])] = ids[i]
+                where[r], held[r] = slots[i] // ways, lengths[i]
+                new[r], words[r] = len(ids[i]), seeds[i]
         return tokens, where, held, new, words
 
     def copy(
@@ -137,13 +188,18 @@ class Sampler:
 
         A slot that is copied from may have gone on, up to `remembered` tokens.
         """
-        s = self.shapes
-        count = s.rows(len(pairs))
-        places, held = np.full((count, 2), s.slots, np.int32), np.zeros(count, np.int32)
-        words = np.zeros((count, 2), np.uint32)
-        places[: len(pairs)], held[: len(pairs)], words[: len(pairs)] = pairs, lengths, seeds
+        s, ways = self._part, self._placement.ways
+        count = self.shapes.rows(len(pairs))
+        # Every shard is told of every pair; slots that are not its own are past its last one.
+        places = np.full((2, ways, count), s.slots, np.int32)
+        held, words = np.zeros((ways, count), np.int32), np.zeros((ways, count, 2), np.uint32)
+        for r, pair in enumerate(pairs):
+            for side, slot in enumerate(pair):
+                places[side, slot % ways, r] = slot // ways
+        held[:, : len(pairs)], words[:, : len(pairs)] = lengths, seeds
         self.tokens_copied += sum(lengths)
-        return self._copy(s.width(max(lengths)), state, *places.T, held, words)
+        arrays = *places.reshape(2, -1), held.reshape(-1), words.reshape(-1, 2)
+        return self._copy(s.width(max(lengths)), state, *arrays)
 
     def decode(
         self, state: DecodeState, lengths: np.ndarray, limits: np.ndarray, sampling: Sampling
@@ -155,9 +211,9 @@ class Sampler:
         """
         ends = np.where(limits > 0, lengths + np.minimum(limits, self.shapes.block), 0)
         reach = self.shapes.reach(int(ends.max()))
-        limits = np.asarray(limits, np.int32)
+        limits = self._placement.rows(np.asarray(limits, np.int32))
         state, *out = self._decode(reach, self._params, state, limits, _traced(sampling))
-        block = Block(*map(np.asarray, out))
+        block = Block(*(self._placement.slots(np.asarray(x)) for x in out))
         self.tokens_decoded += int(block.counts.sum())
         return state, block
 
@@ -169,7 +225,8 @@ class Sampler:
         s = self.shapes
         for name, most in (("prefill", longest), ("copy", longest), ("extend", observation)):
             widths = [b for b in s.width_buckets if b <= s.width(most)]
-            for rows, width in ((r, w) for r in s.row_buckets for w in widths):
+            buckets = (s if name == "copy" else self._part).row_buckets
+            for rows, width in ((r, w) for r in buckets for w in widths):
                 if (name, rows, width) not in self._warm:
                     self._warm.add((name, rows, width))
                     state = self._nothing(name, state, rows, width)
@@ -182,7 +239,8 @@ class Sampler:
         return state
 
     def _nothing(self, name: str, state: DecodeState, rows: int, width: int) -> DecodeState:
-        nowhere, none = np.full(rows, self.shapes.slots, np.int32), np.zeros(rows, np.int32)
+        rows *= self._placement.ways
+        nowhere, none = np.full(rows, self._part.slots, np.int32), np.zeros(rows, np.int32)
         words = np.zeros((rows, 2), np.uint32)
         if name == "copy":
             return self._copy(width, state, nowhere, nowhere, none, words)
@@ -239,26 +297,37 @@ def _appended(
     )
     last = jnp.maximum(new_R - 1, 0)[:, None, None]
     final_RD = jnp.take_along_axis(hidden_RTD, last, axis=1)[:, 0]
-    logits_RV = transformer.logits(config, params, final_RD)
+    logits_RV = constrain(transformer.logits(config, params, final_RD), None, None)
     state = state._replace(
         cache=caching.put(state.cache, where_R, cache),
         logits=_put(state.logits, where_R, logits_RV),
         lengths=_put(state.lengths, where_R, held_R + new_R),
-        keys=_put(state.keys, where_R, jax.random.wrap_key_data(words_R2)),
+        keys=_put(state.keys, where_R, words_R2),
     )
     return state, logits_RV
 
 
-def _copy(width, state, from_R, to_R, lengths_R, words_R2):
-    """Everything that a slot began with, to other slots."""
+def _copy(over, width, state, from_R, to_R, lengths_R, words_R2):
+    """Everything that a slot began with, to other slots; `over`: mesh axes that part the slots."""
     first_RV = jnp.take(state.first_logits, from_R, axis=0, mode="clip")
+    begun = caching.take(state.cache, from_R, width), first_RV
+    if over:
+        # Of each row one shard has something; the others learn it from the sum.
+        own_R = from_R < len(state.lengths)
+        begun = jax.tree.map(lambda x: jnp.where(_along(own_R, x), x, 0), begun)
+        begun = jax.lax.psum(begun, over)
+    cache, first_RV = begun
     return DecodeState(
-        caching.put(state.cache, to_R, caching.take(state.cache, from_R, width)),
+        caching.put(state.cache, to_R, cache),
         _put(state.logits, to_R, first_RV),
         _put(state.first_logits, to_R, first_RV),
         _put(state.lengths, to_R, lengths_R),
-        _put(state.keys, to_R, jax.random.wrap_key_data(words_R2)),
+        _put(state.keys, to_R, words_R2),
     )
+
+
+def _along(mask_R, array):
+    return mask_R.reshape(-1, *[1] * (array.ndim - 1))
 
 
 def _put(array, where_R, values):
@@ -272,6 +341,7 @@ def _decode(config, dtype, block, stop_ids, reach, params, state, limits_R, samp
     """
     slots = limits_R.shape[0]
     stops = jnp.asarray(stop_ids, jnp.int32)
+    keys_R = jax.random.wrap_key_data(state.keys)
 
     def running(carry):
         step, _, _, _, counts, alive = carry
@@ -280,14 +350,15 @@ def _decode(config, dtype, block, stop_ids, reach, params, state, limits_R, samp
 
     def body(carry):
         step, (cache, logits, lengths), ids, log_probs, counts, alive = carry
-        token, log_prob = draw(logits, jax.vmap(jax.random.fold_in)(state.keys, lengths), sampling)
+        token, log_prob = draw(logits, jax.vmap(jax.random.fold_in)(keys_R, lengths), sampling)
         ids = ids.at[:, step].set(jnp.where(alive, token, 0))
         log_probs = log_probs.at[:, step].set(jnp.where(alive, log_prob, 0.0))
         counts += alive
         hidden_R1D, cache = transformer.extend(
             config, params, cache, token[:, None], lengths, alive.astype(jnp.int32), dtype=dtype
         )
-        new = transformer.logits(config, params, hidden_R1D[:, 0])
+        # Whole on every device: what is drawn is the same on all that share a row.
+        new = constrain(transformer.logits(config, params, hidden_R1D[:, 0]), None, None)
         held = cache, jnp.where(alive[:, None], new, logits), lengths + alive
         alive &= ~jnp.isin(token, stops) & (counts < limits_R)
         return step + 1, held, ids, log_probs, counts, alive

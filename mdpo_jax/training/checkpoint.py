@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from mdpo_jax import hosts
+
 
 class RunCheckpointError(ValueError):
     """A checkpoint of a run that is missing or cannot be read."""
@@ -20,11 +22,12 @@ def save_params(path: Path, params: Any) -> None:
     """Write params to `path`; what an earlier attempt left there is removed first.
 
     Orbax writes beside it and renames, so a kill leaves nothing there or all of it.  Raises OSError
-    when the disk is full.
+    when the disk is full.  Of several processes all must call, and each writes what it holds.
     """
     path = path.absolute()
-    if path.exists():
+    if hosts.first() and path.exists():
         shutil.rmtree(path)
+    hosts.wait()
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(path, params)

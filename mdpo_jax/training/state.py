@@ -12,6 +12,8 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from mdpo_jax import hosts
+
 
 class TrainState(NamedTuple):
     """What a step maps to its successor: params and opt_state as pytrees, step as int32 scalar."""
@@ -58,7 +60,7 @@ def init_state(params: Any, optimiser: Optimiser) -> TrainState:
         transform_non_params=lambda _: scalar,
     )
     opt_state = jax.jit(transform.init, out_shardings=moments)(params)
-    step = jax.device_put(jnp.zeros((), jnp.int32), scalar)
+    step = hosts.place(np.zeros((), np.int32), scalar)
     return TrainState(jax.device_put(params, shardings), opt_state, step)
 
 

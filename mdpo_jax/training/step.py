@@ -13,7 +13,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from mdpo_jax import objectives
+from mdpo_jax import hosts, objectives
 from mdpo_jax.model import lora, sharding
 from mdpo_jax.model.families import ModelConfig
 from mdpo_jax.model.lora import Lora
@@ -48,7 +48,7 @@ def put(batch: PackedBatch, mesh: Mesh | None) -> Arrays:
     rows = sharding.batch_sharding(mesh, leading=1)
     replicated = NamedSharding(mesh, PartitionSpec())
     return {
-        name: jax.device_put(value, rows if value.ndim == 3 else replicated)
+        name: hosts.place(value, rows if value.ndim == 3 else replicated)
         for name, value in arrays.items()
     }
 

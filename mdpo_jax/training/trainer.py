@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mdpo_jax import hosts
 from mdpo_jax.config import StepZeroError
 from mdpo_jax.data.packing import Item, Layout, pack, unpack
 from mdpo_jax.model.families import ModelConfig
@@ -86,7 +87,8 @@ class Trainer:
             return params
         head = init_head(self.config.hidden_size)
         if self.mesh is not None:
-            head = jax.device_put(head, NamedSharding(self.mesh, PartitionSpec()))
+            whole = NamedSharding(self.mesh, PartitionSpec())
+            head = jax.tree.map(lambda x: hosts.place(np.asarray(x), whole), head)
         return Joint(params, head)
 
     def _mismatched(self, groups: Groups) -> Any:
@@ -107,7 +109,7 @@ class Trainer:
             ]
             packed = pack([[entry] for entry in chunk], self.layout)
             with self._on_mesh():
-                values = np.asarray(scorer(params, put(packed, self.mesh)))
+                values = hosts.fetch(scorer(params, put(packed, self.mesh)))
             names = unpack(packed.reference, packed)
             for slot, scores in unpack(values, packed).items():
                 scores[0] = 0.0  # nothing precedes it

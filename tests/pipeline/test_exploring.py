@@ -72,7 +72,7 @@ def test_the_default_is_the_mixture_as_it_was(context, tmp_path):
     under(context)
     done, found, _ = rollout(context, tmp_path / "one")
     sources = [(sft / "params", 2), (sft / "params-earlier", 1)]
-    stages.rollout(context, tmp_path / "other", 1, sources, lambda n, text=None: None)
+    rollouts.rollout(context, tmp_path / "other", 1, sources, lambda n, text=None: None)
     assert files(tmp_path / "one") == files(tmp_path / "other")
     assert sorted(files(tmp_path / "one")) == [
         f"{first:03d}-{start:06d}.jsonl.gz" for first in (0, 2) for start in (0, 2)

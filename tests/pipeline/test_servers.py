@@ -10,7 +10,7 @@ from support import write_model
 from mdpo_jax.data import store
 from mdpo_jax.model.policy import load_policy
 from mdpo_jax.model.transformer import unembedding
-from mdpo_jax.pipeline import stages
+from mdpo_jax.pipeline import rollouts, stages
 from mdpo_jax.pipeline.context import PARAMS, Context
 from mdpo_jax.pipeline.files import stage
 from mdpo_jax.recipes import parse
@@ -34,7 +34,7 @@ def rolled_out(run, server, *more):
             params, base = context.parameters.first()
             context.parameters.save(start, params, base)
         folder = run / "iteration-1" / "rollout"
-        stage(folder, lambda f: stages.rollout(context, f, 1, [(start, 2)], lambda *_: None))
+        stage(folder, lambda f: rollouts.rollout(context, f, 1, [(start, 2)], lambda *_: None))
         return [store.graded_from(row).trajectory for row in store.read_folder(folder)]
 
 

@@ -1,0 +1,111 @@
+"""Two processes of two fake devices each: one run, and what a killed one leaves to the next try."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from support import SMALL_RUN
+
+from mdpo_jax.data import store
+
+SMALL = [flag for flag in SMALL_RUN if "fsdp" not in flag]
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    return os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_CPU_ENABLE_ASYNC_DISPATCH": "false",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }
+
+
+def _devices(environment, count):
+    flags = environment["XLA_FLAGS"].split()
+    flags = [f for f in flags if "device_count" not in f]
+    flags.append(f"--xla_force_host_platform_device_count={count}")
+    return environment | {"XLA_FLAGS": " ".join(flags)}
+
+
+def _together(script, flags, environment):
+    """Exit codes and errors of two processes that run a script together."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    shared = _devices(environment, 2) | {
+        "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+        "JAX_NUM_PROCESSES": "2",
+    }
+    command = [sys.executable, str(Path(__file__).with_name(script)), *flags]
+    processes = [
+        subprocess.Popen(
+            [*command, "--config.mesh.hosts=2"], env=shared | {"JAX_PROCESS_ID": str(i)},
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    errors = [process.communicate(timeout=600)[1] for process in processes]
+    return [process.returncode for process in processes], errors
+
+
+def test_a_killed_host_loses_no_problem_and_doubles_none(tmp_path, environment):
+    run = tmp_path / "run"
+    flags = [
+        *SMALL, f"--config.workdir={run}", "--config.problems.per_iteration=8",
+        "--config.rollout.slots=3", "--config.rollout.context=128",
+    ]  # fmt: skip
+    rollout = run / "iteration-1" / "rollout"
+    codes, errors = _together("rollout.py", flags, environment | {"VICTIM": "1"})
+    assert codes[1] == -signal.SIGKILL, errors[1][-2000:]
+    assert codes[0] != 0  # it does not wait for ever
+    assert not (rollout / "done.json").exists()
+    left = {path: path.stat().st_mtime_ns for path in rollout.glob("*.jsonl.gz")}
+    assert rollout / "000-000002.jsonl.gz" in left  # the other's first
+    assert rollout / "000-000006.jsonl.gz" not in left  # the other's second
+
+    codes, errors = _together("rollout.py", flags, environment)
+    assert codes == [0, 0], (errors[0][-2000:], errors[1][-2000:])
+    assert {path: path.stat().st_mtime_ns for path in left} == left
+    problems = [row["id"] for row in store.read_lines(run / "problems" / "iteration-1.jsonl.gz")]
+    found = Counter((row["problem_id"], row["sample"]) for row in store.read_folder(rollout))
+    assert found == {(name, sample): 1 for name in problems for sample in range(2)}
+    done = json.loads((rollout / "done.json").read_text())
+    assert done["trajectories"] == 16
+    assert done["compilations_after_warm_up"] == 0
+    assert done["activity"]["tokens_decoded"] > 0
+
+
+@pytest.mark.slow
+def test_a_whole_run_is_that_of_one_process(tmp_path, environment):
+    both, alone = tmp_path / "both", tmp_path / "alone"
+    codes, errors = _together("loop.py", [*SMALL, f"--config.workdir={both}"], environment)
+    assert codes == [0, 0], (errors[0][-2000:], errors[1][-2000:])
+    command = [sys.executable, str(Path(__file__).with_name("loop.py")), *SMALL]
+    subprocess.run(
+        [*command, f"--config.workdir={alone}"], env=_devices(environment, 4), check=True
+    )
+    one, other = (json.loads((folder / "results.json").read_text()) for folder in (both, alone))
+    for row, same in zip(one["rows"], other["rows"], strict=True):
+        kl, expected = row.pop("kl", 0), same.pop("kl", 0)
+        assert kl == pytest.approx(expected, abs=1e-4)
+        for name in ("kl_by_turn", "kl_by_part"):
+            row.pop(name, None), same.pop(name, None)
+        assert row == same
+    assert one["comparisons"] == other["comparisons"]
+    names = {path.relative_to(both) for path in both.rglob("*.jsonl*")}
+    assert names == {path.relative_to(alone) for path in alone.rglob("*.jsonl*")}
+    assert (both / "report" / "index.html").exists()
+    assert not list(both.rglob("*-of-2"))  # the processes' own parts of an evaluation
+    # Another configuration is refused in all, by the one that holds the folder.
+    flags = [*SMALL, f"--config.workdir={both}", "--config.seed=7"]
+    codes, errors = _together("loop.py", flags, environment)
+    assert codes == [2, 2], (errors[0][-2000:], errors[1][-2000:])
+    assert "seed: 0 -> 7" in errors[0]
+    assert "the first process: " in errors[1]

@@ -10,6 +10,8 @@ a token depends on its trajectory's key and its position alone.
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdpo_jax.model import caching, lora, transformer
+from mdpo_jax.model import caching, lora, tiles, transformer
 from mdpo_jax.model.families import ModelConfig
 from mdpo_jax.rollout.sampling import GREEDY, Sampling, draw
 from mdpo_jax.rollout.shapes import Shapes
@@ -25,6 +27,10 @@ from mdpo_jax.rollout.shapes import Shapes
 # Tokens whose computation takes as long as reading the weights for a call of its own does.
 _OVERHEAD = {"cpu": 16}
 _OVERHEAD_ELSEWHERE = 256
+# Shares of the slots that a block of decoding can be for.  A step's time follows its rows on a CPU;
+# on an accelerator it is that of reading the weights, and every share is more programs to compile.
+_SHARES = {"cpu": (0.25, 0.5, 0.75, 1.0)}
+_SHARES_ELSEWHERE = (1.0,)
 
 _Seed = tuple[int, int]
 
@@ -64,7 +70,11 @@ class Sampler:
         self._dtype = jnp.dtype(dtype)
         self._params: Any = None
         self._overhead = _OVERHEAD.get(jax.default_backend(), _OVERHEAD_ELSEWHERE)
-        self._unstack = jax.jit(functools.partial(_unstack, self._dtype))
+        shares = _SHARES.get(jax.default_backend(), _SHARES_ELSEWHERE)
+        self._decode_rows = tuple(sorted({math.ceil(share * shapes.slots) for share in shares}))
+        one_cpu = jax.default_backend() == "cpu" and jax.device_count() == 1
+        tiled = one_cpu and self._decode_rows[0] <= tiles.ROWS
+        self._unstack = jax.jit(functools.partial(_unstack, self._dtype, tiled))
         model = config, self._dtype
         prefill = functools.partial(_prefill, *model, shapes.slack)
         self._prefill = jax.jit(prefill, donate_argnums=1)
@@ -151,15 +161,36 @@ class Sampler:
         """Up to one block of tokens for each slot; `limits` [R] is how many it may emit, 0 = idle.
 
         lengths [R]: tokens that the running slots hold.  A slot stops after a stop id or at its
-        limit.
+        limit.  Idle slots cost nothing where fewer rows than slots are decoded.
         """
         ends = np.where(limits > 0, lengths + np.minimum(limits, self.shapes.block), 0)
         reach = self.shapes.reach(int(ends.max()))
-        limits = np.asarray(limits, np.int32)
-        state, *out = self._decode(reach, self._params, state, limits, _traced(sampling))
+        where, limits = self._active(np.asarray(limits, np.int32))
+        state, *out = self._decode(reach, self._params, state, where, limits, _traced(sampling))
         block = Block(*map(np.asarray, out))
         self.tokens_decoded += int(block.counts.sum())
-        return state, block
+        return state, block if where is None else self._spread(block, where)
+
+    def _active(self, limits: np.ndarray) -> tuple[np.ndarray | None, np.ndarray]:
+        """The slots that a block is for, and their limits; None and all of them: every slot."""
+        slots, active = self.shapes.slots, np.flatnonzero(limits)
+        count = next(rows for rows in self._decode_rows if rows >= len(active))
+        if count == slots:
+            return None, limits
+        where, wanted = np.full(count, slots, np.int32), np.zeros(count, np.int32)
+        where[: len(active)], wanted[: len(active)] = active, limits[active]
+        return where, wanted
+
+    def _spread(self, block: Block, where: np.ndarray) -> Block:
+        """A block of some slots as one of all of them."""
+        real = where < self.shapes.slots
+
+        def spread(part: np.ndarray) -> np.ndarray:
+            whole = np.zeros((self.shapes.slots, *part.shape[1:]), part.dtype)
+            whole[where[real]] = part[real]
+            return whole
+
+        return Block(*map(spread, block))
 
     def warm_up(self, state: DecodeState, longest: int, observation: int) -> DecodeState:
         """Compile what beginnings of up to `longest` tokens, and observations, can need.
@@ -173,11 +204,12 @@ class Sampler:
                 if (name, rows, width) not in self._warm:
                     self._warm.add((name, rows, width))
                     state = self._nothing(name, state, rows, width)
-        for reach in s.reaches:
-            if ("decode", s.slots, reach) not in self._warm:
-                self._warm.add(("decode", s.slots, reach))
-                none = np.zeros(s.slots, np.int32)
-                state, *_ = self._decode(reach, self._params, state, none, _traced(GREEDY))
+        for rows, reach in itertools.product(self._decode_rows, s.reaches):
+            if ("decode", rows, reach) not in self._warm:
+                self._warm.add(("decode", rows, reach))
+                where = None if rows == s.slots else np.full(rows, s.slots, np.int32)
+                job = where, np.zeros(rows, np.int32), _traced(GREEDY)
+                state, *_ = self._decode(reach, self._params, state, *job)
         self._expected = self.compilations()
         return state
 
@@ -206,10 +238,11 @@ def _traced(sampling: Sampling) -> Any:
     return Sampling(*values)
 
 
-def _unstack(dtype, params):
+def _unstack(dtype, tiled, params):
     """Layers apart, in the type of decoding; an adapter's sum is rounded to it once."""
     apart = lora.fold(transformer.unstack(params), dtype)
-    return jax.tree.map(lambda x: x.astype(dtype), apart)
+    apart = jax.tree.map(lambda x: x.astype(dtype), apart)
+    return tiles.add(apart) if tiled else apart
 
 
 def _prefill(config, dtype, slack, params, state, tokens_RT, where_R, held_R, new_R, words_R2):
@@ -265,13 +298,17 @@ def _put(array, where_R, values):
     return array.at[where_R].set(values, mode="drop")
 
 
-def _decode(config, dtype, block, stop_ids, reach, params, state, limits_R, sampling):
-    """At most `block` steps; leaves early when every slot has stopped.
+def _decode(
+    config, dtype, block, stop_ids, reach, params, state, where_R, limits_R, sampling
+):  # fmt: skip
+    """At most `block` steps; leaves early when every row has stopped.
 
-    Steps work on a copy of the first `reach` slots of the cache, where that is not all of it.
+    where_R: the slots decoded, past the last one for padding; None for all of them.  Steps work on a
+    copy of these slots' first `reach` places in the cache, where that is not the whole cache.
     """
-    slots = limits_R.shape[0]
+    rows = limits_R.shape[0]
     stops = jnp.asarray(stop_ids, jnp.int32)
+    part = _narrowed(state, where_R, reach)
 
     def running(carry):
         step, _, _, _, counts, alive = carry
@@ -280,7 +317,7 @@ def _decode(config, dtype, block, stop_ids, reach, params, state, limits_R, samp
 
     def body(carry):
         step, (cache, logits, lengths), ids, log_probs, counts, alive = carry
-        token, log_prob = draw(logits, jax.vmap(jax.random.fold_in)(state.keys, lengths), sampling)
+        token, log_prob = draw(logits, jax.vmap(jax.random.fold_in)(part.keys, lengths), sampling)
         ids = ids.at[:, step].set(jnp.where(alive, token, 0))
         log_probs = log_probs.at[:, step].set(jnp.where(alive, log_prob, 0.0))
         counts += alive
@@ -294,14 +331,34 @@ def _decode(config, dtype, block, stop_ids, reach, params, state, limits_R, samp
 
     start = (
         0,
-        (caching.narrow(state.cache, reach), state.logits, state.lengths),
-        jnp.zeros((slots, block), jnp.int32),
-        jnp.zeros((slots, block), jnp.float32),
-        jnp.zeros(slots, jnp.int32),
+        (part.cache, part.logits, part.lengths),
+        jnp.zeros((rows, block), jnp.int32),
+        jnp.zeros((rows, block), jnp.float32),
+        jnp.zeros(rows, jnp.int32),
         limits_R > 0,
     )
     _, held, ids, log_probs, counts, _ = jax.lax.while_loop(running, body, start)
-    cache, logits, lengths = held
-    cache = caching.widen(state.cache, cache)
-    state = state._replace(cache=cache, logits=logits, lengths=lengths)
-    return state, ids, log_probs, counts
+    return _widened(state, where_R, *held), ids, log_probs, counts
+
+
+def _narrowed(state, where_R, reach):
+    """What decoding reads of a state; nothing is copied of all rows in full."""
+    if where_R is None:
+        return state._replace(cache=caching.narrow(state.cache, reach))
+    rows = {
+        name: jnp.take(getattr(state, name), where_R, axis=0, mode="clip")
+        for name in ("logits", "lengths", "keys")
+    }
+    return state._replace(cache=caching.take(state.cache, where_R, reach), **rows)
+
+
+def _widened(state, where_R, cache, logits, lengths):
+    """The state with what decoding changed."""
+    if where_R is None:
+        cache = caching.widen(state.cache, cache)
+        return state._replace(cache=cache, logits=logits, lengths=lengths)
+    return state._replace(
+        cache=caching.put(state.cache, where_R, cache),
+        logits=_put(state.logits, where_R, logits),
+        lengths=_put(state.lengths, where_R, lengths),
+    )

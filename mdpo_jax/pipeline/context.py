@@ -153,7 +153,8 @@ class Context:
         r = self.config.rollout
         if r.backend == "http":
             return RemoteSampler(r, self.chat, self.policy, self.directory / "served")
-        shapes = Shapes.make(r.slots, r.context, r.block)
+        fine = jax.default_backend() == "cpu"
+        shapes = Shapes.make(r.slots, r.context, r.block, fine=fine)
         return Sampler(self.shape, shapes, self.chat.stop_ids, r.decode_dtype)
 
     @property

@@ -27,10 +27,11 @@ from mdpo_jax.rollout.shapes import Shapes
 # Tokens whose computation takes as long as reading the weights for a call of its own does.
 _OVERHEAD = {"cpu": 16}
 _OVERHEAD_ELSEWHERE = 256
-# Shares of the slots that a block of decoding can be for.  A step's time follows its rows on a CPU;
-# on an accelerator it is that of reading the weights, and every share is more programs to compile.
-_SHARES = {"cpu": (0.25, 0.5, 0.75, 1.0)}
-_SHARES_ELSEWHERE = (1.0,)
+# Shares of the slots that a block of decoding can be for, of _FEWEST rows or more.  A step's time
+# follows its rows on a CPU; on an accelerator, and below so many rows, it is that of reading the
+# weights, and each share is a program more to compile for every reach.
+_SHARES = {"cpu": (0.25, 0.5, 0.75)}
+_FEWEST = 8
 
 _Seed = tuple[int, int]
 
@@ -70,8 +71,9 @@ class Sampler:
         self._dtype = jnp.dtype(dtype)
         self._params: Any = None
         self._overhead = _OVERHEAD.get(jax.default_backend(), _OVERHEAD_ELSEWHERE)
-        shares = _SHARES.get(jax.default_backend(), _SHARES_ELSEWHERE)
-        self._decode_rows = tuple(sorted({math.ceil(share * shapes.slots) for share in shares}))
+        shares = _SHARES.get(jax.default_backend(), ())
+        some = {math.ceil(share * shapes.slots) for share in shares}
+        self._decode_rows = (*sorted(n for n in some if _FEWEST <= n < shapes.slots), shapes.slots)
         one_cpu = jax.default_backend() == "cpu" and jax.device_count() == 1
         tiled = one_cpu and self._decode_rows[0] <= tiles.ROWS
         self._unstack = jax.jit(functools.partial(_unstack, self._dtype, tiled))

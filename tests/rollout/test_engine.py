@@ -292,9 +292,11 @@ def test_prefixes_that_several_go_on_from_are_read_once(always_tool):
     assert (e.activity - before).copied == 8 * start
 
 
-def test_idle_slots_are_neither_decoded_nor_touched():
+def test_idle_slots_are_neither_decoded_nor_touched(monkeypatch):
     """A slot that pauses while others decode, in fewer rows or in more, goes on as if it had not."""
-    sampler = shared_sampler(4, 5, ())
+    monkeypatch.setattr("mdpo_jax.rollout.sampler._FEWEST", 1)
+    sampler = Sampler(model_config(), Shapes.make(4, LIMITS.context, 5), (), "float32")
+    sampler.load(params())
     prompts = [[5 + i, 9, 12, 7 + i] for i in range(4)]
     held, seeds = np.full(4, 4), [(0, i) for i in range(4)]
 

@@ -81,7 +81,9 @@ def main() -> None:
     observations = np.random.default_rng(options.seed).integers(4, config.vocab_size, shape)
     length = max(map(len, prompts)) + rounds * (new + observation)
     context = options.context or -(-length // 128) * 128
-    sampler = Sampler(config, Shapes.make(options.batch, context, options.block), (), "float32")
+    fine = jax.default_backend() == "cpu"
+    shapes = Shapes.make(options.batch, context, options.block, fine=fine)
+    sampler = Sampler(config, shapes, (), "float32")
     sampler.load(params)
     state = sampler.warm_up(sampler.start(), max(map(len, prompts)), max(observation, 1))
     job = prompts, rounds, new, observations, Sampling(options.temperature)

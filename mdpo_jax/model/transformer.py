@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from mdpo_jax.model import caching
+from mdpo_jax.model import caching, tiles
 from mdpo_jax.model.attention import attend, attend_cache
 from mdpo_jax.model.caching import Cache
 from mdpo_jax.model.families import ModelConfig, Rope
@@ -98,12 +98,22 @@ class Projections(nn.Module):
 
     def project(self, name: str, kernel: jax.Array, x: jax.Array, inputs: int = 1) -> jax.Array:
         """x @ kernel, plus the low-rank x @ a @ b of an adapter where there is one."""
-        y = jnp.tensordot(x, kernel.astype(self.dtype), inputs)
+        y = self._few_rows(name, kernel, x, inputs)
+        if y is None:
+            y = jnp.tensordot(x, kernel.astype(self.dtype), inputs)
         if self.has_variable("params", f"{name}_lora_a"):
             a, b = (self.get_variable("params", f"{name}_lora_{part}") for part in "ab")
             low = jnp.tensordot(x, a.astype(self.dtype), inputs)
             y = y + jnp.tensordot(low, b.astype(self.dtype), 1)
         return y
+
+    def _few_rows(self, name: str, kernel: jax.Array, x: jax.Array, inputs: int) -> Any:
+        """x @ kernel by the kernel's tiles; None where it has none, or x has many rows."""
+        if not self.has_variable("params", f"{name}_tiles"):
+            return None
+        x_BTD = x.reshape(*x.shape[: x.ndim - inputs], -1)
+        y = tiles.product(x_BTD, self.get_variable("params", f"{name}_tiles"))
+        return None if y is None else y.reshape(*x_BTD.shape[:-1], *kernel.shape[inputs:])
 
 
 class Attention(Projections):
@@ -372,8 +382,10 @@ def logits(
     config: ModelConfig, params: Params, hidden: Float[Array, "... hidden"]
 ) -> Float[Array, "... vocab"]:
     """float32 logits; the product is taken in the hidden states' dtype, summed in float32."""
-    table_VD = unembedding(params).astype(hidden.dtype)
-    out = jnp.einsum("...d,vd->...v", hidden, table_VD, preferred_element_type=jnp.float32)
+    out = tiles.product(hidden, params.get(tiles.UNEMBEDDING))
+    if out is None:
+        table_VD = unembedding(params).astype(hidden.dtype)
+        out = jnp.einsum("...d,vd->...v", hidden, table_VD, preferred_element_type=jnp.float32)
     cap = config.logit_cap
     return out if cap is None else cap * jnp.tanh(out / cap)
 

@@ -167,9 +167,9 @@ class Context:
                     "the servers; expected config.mesh.hosts=1, or rollout.backend=local"
                 )
             return RemoteSampler(r, self.chat, self.policy, self.directory / "served")
-        layout = Placement(decode_mesh(self.mesh, r.tensor))
+        layout, fine = Placement(decode_mesh(self.mesh, r.tensor)), jax.default_backend() == "cpu"
         slots = -(-r.slots // layout.ways) * layout.ways
-        shapes = Shapes.make(slots, r.context, r.block)
+        shapes = Shapes.make(slots, r.context, r.block, fine=fine)
         return Sampler(self.shape, shapes, self.chat.stop_ids, r.decode_dtype, layout)
 
     @property

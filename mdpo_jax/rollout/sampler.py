@@ -11,6 +11,8 @@ shard of the slots (layout.py), and what is said of slots below holds within a s
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdpo_jax.model import caching, lora, transformer
+from mdpo_jax.model import caching, lora, tiles, transformer
 from mdpo_jax.model.families import ModelConfig, nest
 from mdpo_jax.model.sharding import constrain
 from mdpo_jax.rollout.layout import ONE_DEVICE, ROWS, WHOLE, Placement, flat, resharded
@@ -28,6 +30,11 @@ from mdpo_jax.rollout.shapes import Shapes
 # Tokens whose computation takes as long as reading the weights for a call of its own does.
 _OVERHEAD = {"cpu": 16}
 _OVERHEAD_ELSEWHERE = 256
+# Shares of the slots that a block of decoding can be for, of _FEWEST rows or more.  A step's time
+# follows its rows on a CPU; on an accelerator, and below so many rows, it is that of reading the
+# weights, and each share is a program more to compile for every reach.
+_SHARES = {"cpu": (0.25, 0.5, 0.75)}
+_FEWEST = 8
 
 _Seed = tuple[int, int]
 
@@ -73,7 +80,12 @@ class Sampler:
         self._dtype = jnp.dtype(dtype)
         self._params: Any = None
         self._overhead = _OVERHEAD.get(jax.default_backend(), _OVERHEAD_ELSEWHERE)
-        self._unstack = jax.jit(functools.partial(_unstack, self._dtype))
+        slots, shares = self._part.slots, _SHARES.get(jax.default_backend(), ())
+        some = {math.ceil(share * slots) for share in shares}
+        self._decode_rows = (*sorted(n for n in some if _FEWEST <= n < slots), slots)
+        one_cpu = jax.default_backend() == "cpu" and jax.device_count() == 1
+        tiled = one_cpu and self._decode_rows[0] <= tiles.ROWS
+        self._unstack = jax.jit(functools.partial(_unstack, self._dtype, tiled))
         self._make_programs()
         self.tokens_prefilled = self.tokens_copied = self.tokens_decoded = 0
         self._warm: set[tuple[str, int, int]] = set()
@@ -89,7 +101,7 @@ class Sampler:
         self._copy = placement.program(copy, **one | {"takes": [ROWS] * 5, "statics": 1})
         self._decode = placement.program(
             functools.partial(_decode, *model, part.block, self.stop_ids),
-            takes=(WHOLE, ROWS, ROWS, WHOLE), gives=ROWS, statics=1, donate=2,
+            takes=(WHOLE, ROWS, ROWS, ROWS, WHOLE), gives=ROWS, statics=1, donate=2,
             shardings=(state, out, out, out),
         )  # fmt: skip
 
@@ -207,22 +219,47 @@ class Sampler:
         """Up to one block of tokens for each slot; `limits` [R] is how many it may emit, 0 = idle.
 
         lengths [R]: tokens that the running slots hold.  A slot stops after a stop id or at its
-        limit.
+        limit.  Idle slots cost nothing where fewer rows than slots are decoded.
         """
         ends = np.where(limits > 0, lengths + np.minimum(limits, self.shapes.block), 0)
         reach = self.shapes.reach(int(ends.max()))
-        limits = self._placement.rows(np.asarray(limits, np.int32))
-        state, *out = self._decode(reach, self._params, state, limits, _traced(sampling))
-        block = Block(*(self._placement.slots(np.asarray(x)) for x in out))
+        where, limits = self._active(self._placement.rows(np.asarray(limits, np.int32)))
+        state, *out = self._decode(reach, self._params, state, where, limits, _traced(sampling))
+        block = Block(*(self._placement.slots(self._spread(np.asarray(x), where)) for x in out))
         self.tokens_decoded += int(block.counts.sum())
         return state, block
+
+    def _active(self, limits: np.ndarray) -> tuple[np.ndarray | None, np.ndarray]:
+        """The rows that a block is for, as many on each shard, and their limits; None: all rows."""
+        ways, slots = self._placement.ways, self._part.slots
+        active = [np.flatnonzero(of) for of in limits.reshape(ways, slots)]
+        most = max(map(len, active))
+        count = next(rows for rows in self._decode_rows if rows >= most)
+        if count == slots:
+            return None, limits
+        where, wanted = np.full((ways, count), slots, np.int32), np.zeros((ways, count), np.int32)
+        for shard, of in enumerate(active):
+            where[shard, : len(of)] = of
+            wanted[shard, : len(of)] = limits.reshape(ways, slots)[shard, of]
+        return where.reshape(-1), wanted.reshape(-1)
+
+    def _spread(self, part: np.ndarray, where: np.ndarray | None) -> np.ndarray:
+        """What came of some rows, among zeros for all others."""
+        if where is None:
+            return part
+        ways, slots = self._placement.ways, self._part.slots
+        whole = np.zeros((ways, slots + 1, *part.shape[1:]), part.dtype)
+        where = where.reshape(ways, -1)
+        # Padding is written behind the last slot.
+        whole[np.arange(ways)[:, None], where] = part.reshape(*where.shape, *part.shape[1:])
+        return whole[:, :slots].reshape(-1, *part.shape[1:])
 
     def warm_up(self, state: DecodeState, longest: int, observation: int) -> DecodeState:
         """Compile what beginnings of up to `longest` tokens, and observations, can need.
 
         Every row of these calls is padding, so the slots keep what they hold.
         """
-        s = self.shapes
+        s, ways = self.shapes, self._placement.ways
         for name, most in (("prefill", longest), ("copy", longest), ("extend", observation)):
             widths = [b for b in s.width_buckets if b <= s.width(most)]
             buckets = (s if name == "copy" else self._part).row_buckets
@@ -230,11 +267,13 @@ class Sampler:
                 if (name, rows, width) not in self._warm:
                     self._warm.add((name, rows, width))
                     state = self._nothing(name, state, rows, width)
-        for reach in s.reaches:
-            if ("decode", s.slots, reach) not in self._warm:
-                self._warm.add(("decode", s.slots, reach))
-                none = np.zeros(s.slots, np.int32)
-                state, *_ = self._decode(reach, self._params, state, none, _traced(GREEDY))
+        for rows, reach in itertools.product(self._decode_rows, s.reaches):
+            if ("decode", rows, reach) not in self._warm:
+                self._warm.add(("decode", rows, reach))
+                none = np.zeros(ways * rows, np.int32)
+                where = None if rows == self._part.slots else none + self._part.slots
+                job = where, none, _traced(GREEDY)
+                state, *_ = self._decode(reach, self._params, state, *job)
         self._expected = self.compilations()
         return state
 
@@ -264,10 +303,11 @@ def _traced(sampling: Sampling) -> Any:
     return Sampling(*values)
 
 
-def _unstack(dtype, params):
+def _unstack(dtype, tiled, params):
     """Layers apart, in the type of decoding; an adapter's sum is rounded to it once."""
     apart = lora.fold(transformer.unstack(params), dtype)
-    return jax.tree.map(lambda x: x.astype(dtype), apart)
+    apart = jax.tree.map(lambda x: x.astype(dtype), apart)
+    return tiles.add(apart) if tiled else apart
 
 
 def _prefill(config, dtype, slack, params, state, tokens_RT, where_R, held_R, new_R, words_R2):
@@ -334,14 +374,18 @@ def _put(array, where_R, values):
     return array.at[where_R].set(values, mode="drop")
 
 
-def _decode(config, dtype, block, stop_ids, reach, params, state, limits_R, sampling):
-    """At most `block` steps; leaves early when every slot has stopped.
+def _decode(
+    config, dtype, block, stop_ids, reach, params, state, where_R, limits_R, sampling
+):  # fmt: skip
+    """At most `block` steps; leaves early when every row has stopped.
 
-    Steps work on a copy of the first `reach` slots of the cache, where that is not all of it.
+    where_R: the slots decoded, past the last one for padding; None for all of them.  Steps work on a
+    copy of these slots' first `reach` places in the cache, where that is not the whole cache.
     """
-    slots = limits_R.shape[0]
+    rows = limits_R.shape[0]
     stops = jnp.asarray(stop_ids, jnp.int32)
-    keys_R = jax.random.wrap_key_data(state.keys)
+    part = _narrowed(state, where_R, reach)
+    keys_R = jax.random.wrap_key_data(part.keys)
 
     def running(carry):
         step, _, _, _, counts, alive = carry
@@ -365,14 +409,34 @@ def _decode(config, dtype, block, stop_ids, reach, params, state, limits_R, samp
 
     start = (
         0,
-        (caching.narrow(state.cache, reach), state.logits, state.lengths),
-        jnp.zeros((slots, block), jnp.int32),
-        jnp.zeros((slots, block), jnp.float32),
-        jnp.zeros(slots, jnp.int32),
+        (part.cache, part.logits, part.lengths),
+        jnp.zeros((rows, block), jnp.int32),
+        jnp.zeros((rows, block), jnp.float32),
+        jnp.zeros(rows, jnp.int32),
         limits_R > 0,
     )
     _, held, ids, log_probs, counts, _ = jax.lax.while_loop(running, body, start)
-    cache, logits, lengths = held
-    cache = caching.widen(state.cache, cache)
-    state = state._replace(cache=cache, logits=logits, lengths=lengths)
-    return state, ids, log_probs, counts
+    return _widened(state, where_R, *held), ids, log_probs, counts
+
+
+def _narrowed(state, where_R, reach):
+    """What decoding reads of a state; nothing is copied of all rows in full."""
+    if where_R is None:
+        return state._replace(cache=caching.narrow(state.cache, reach))
+    rows = {
+        name: jnp.take(getattr(state, name), where_R, axis=0, mode="clip")
+        for name in ("logits", "lengths", "keys")
+    }
+    return state._replace(cache=caching.take(state.cache, where_R, reach), **rows)
+
+
+def _widened(state, where_R, cache, logits, lengths):
+    """The state with what decoding changed."""
+    if where_R is None:
+        cache = caching.widen(state.cache, cache)
+        return state._replace(cache=cache, logits=logits, lengths=lengths)
+    return state._replace(
+        cache=caching.put(state.cache, where_R, cache),
+        logits=_put(state.logits, where_R, logits),
+        lengths=_put(state.lengths, where_R, lengths),
+    )

@@ -28,10 +28,14 @@ class Shapes:
         return self.block + LONGEST_STOP
 
     @classmethod
-    def make(cls, slots: int, context: int, block: int) -> Shapes:
-        """Powers of four for rows, of two for widths, and steps between those for reaches."""
+    def make(cls, slots: int, context: int, block: int, *, fine: bool = False) -> Shapes:
+        """Powers of four for rows, of two for widths, and steps between those for reaches.
+
+        fine: steps between them for widths too: less padding, and half as many programs again.
+        """
         rows = {slots, *(4**i for i in range(1, 12) if 4**i < slots)}
-        widths = {context, *(2**i for i in range(5, 20) if 2**i < context)}
+        steps = (2, 3) if fine else (2,)
+        widths = {context, *(n * 2**i for i in range(4, 20) for n in steps if n * 2**i < context)}
         # A block reads a part of the cache in a copy of its own: that must be worth it.
         reaches = {r for i in range(8, 20) for r in (2**i, 3 * 2 ** (i - 1)) if 4 * r < 3 * context}
         parts = (tuple(sorted(part)) for part in (rows, widths, reaches | {context}))

@@ -63,5 +63,7 @@ def test_buckets():
     shapes = Shapes.make(6, 1000, 16)
     assert shapes.row_buckets == (4, 6)
     assert shapes.width_buckets == (32, 64, 128, 256, 512, 1000)
+    fine = Shapes.make(6, 100, 16, fine=True)
+    assert fine.width_buckets == (32, 48, 64, 96, 100)
     assert shapes.reaches == (256, 384, 512, 1000)
     assert [shapes.reach(n) for n in (0, 256, 257, 999, 1001)] == [256, 256, 384, 1000, 1000]

@@ -290,3 +290,28 @@ def test_prefixes_that_several_go_on_from_are_read_once(always_tool):
     observed = sum(len(f.ids) - start - sum(s.stop - s.start for s in f.actions[1:]) for f in found)
     assert (e.activity - before).prefilled == start + observed
     assert (e.activity - before).copied == 8 * start
+
+
+def test_idle_slots_are_neither_decoded_nor_touched(monkeypatch):
+    """A slot that pauses while others decode, in fewer rows or in more, goes on as if it had not."""
+    monkeypatch.setattr("mdpo_jax.rollout.sampler._FEWEST", 1)
+    sampler = Sampler(model_config(), Shapes.make(4, LIMITS.context, 5), (), "float32")
+    sampler.load(params())
+    prompts = [[5 + i, 9, 12, 7 + i] for i in range(4)]
+    held, seeds = np.full(4, 4), [(0, i) for i in range(4)]
+
+    def play(*active):
+        state = sampler.extend(sampler.start(), range(4), prompts, [0] * 4, seeds)
+        lengths, ids = held.copy(), [[] for _ in range(4)]
+        for some in active:
+            limits = np.isin(np.arange(4), some) * 5
+            state, block = sampler.decode(state, lengths, limits, Sampling())
+            assert block.counts.tolist() == limits.tolist()
+            for slot in some:
+                ids[slot] += block.ids[slot].tolist()
+            lengths = lengths + limits
+        return ids
+
+    together = play(range(4), range(4))
+    assert play([1], [0, 2, 3], [1, 3], [0, 2]) == together
+    assert [len(sampler._active(np.arange(4) < n)[1]) for n in (1, 2, 3, 4)] == [1, 2, 3, 4]

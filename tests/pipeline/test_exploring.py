@@ -10,7 +10,7 @@ from support import SMALL_RUN, trajectories
 from mdpo_jax.data import store
 from mdpo_jax.data.pairing import shared_turns
 from mdpo_jax.exploration import Explore
-from mdpo_jax.pipeline import exploring, kept, rollouts
+from mdpo_jax.pipeline import exploring, kept, rollouts, stages
 from mdpo_jax.pipeline.context import Context
 from mdpo_jax.pipeline.files import stage
 from mdpo_jax.recipes import parse

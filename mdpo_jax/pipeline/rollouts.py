@@ -65,6 +65,8 @@ def dealt(
     gone = missing([chunk.file for of in chunks for chunk in of])
     own, labels = set(hosts.mine(gone)), Counter[str]()
     before_us, active = context.interpreter.rechecks(), context.engine.activity.copy()
+    asked = (p for of in chunks for chunk in of for p in chunk.problems)
+    context.engine.expect(max(len(context.chat.prompt(p.question)) for p in asked))
 
     def tell(done: int) -> None:
         share = f", correct {labels['correct'] / labels.total():.0%}" if labels else ""

@@ -39,7 +39,9 @@ def connect(count: int) -> None:
         return
     try:
         names = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
-        given = {k: int(os.environ[name]) for k, name in names.items() if name in os.environ}
+        given: dict[str, Any] = {
+            k: int(os.environ[name]) for k, name in names.items() if name in os.environ
+        }
         jax.distributed.initialize(**given)
     except (ValueError, RuntimeError) as error:
         raise ConfigError(

@@ -50,15 +50,14 @@ def verdict(context: Context, gold: str, trajectory: Trajectory) -> Verdict:
 
 
 def evaluate(
-    context: Context, folder: Path, params: Any, problems: Sequence[Problem], *, split: str,
+    context: Context, folder: Path, problems: Sequence[Problem], *, split: str,
     policy: str, reference: Any = None, pass_k: bool = False, advance: Advance = _silent,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Rows of results.json for one policy on one split; trajectories are kept in `folder`.
+    """Rows of results.json for the loaded policy on one split; trajectories are kept in `folder`.
 
     reference: parameters for the fields of `kl_estimate`.
     """
     settings = context.config.evaluate
-    context.sampler.load(params)
     sampled = context.sampling(settings.temperature)
     runs = {
         "greedy": (problems, range(1), GREEDY),

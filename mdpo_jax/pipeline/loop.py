@@ -120,12 +120,14 @@ def _evaluate(
     with _timed(context, f"evaluate {label} on {split}", None) as advance:
 
         def work(where: Path) -> dict[str, Any]:
+            # Held by nobody else, so that leaves are freed as they are read.
+            context.sampler.load(context.load(folder / stages.PARAMS))
             reference = None
             if iteration:
                 reference = context.load(context.directory / "sft" / stages.PARAMS)
             rows = evaluate(
-                context, where, context.load(folder / stages.PARAMS), problems, split=split,
-                policy=label, reference=reference, pass_k=split == "dev", advance=advance,
+                context, where, problems, split=split, policy=label,
+                reference=reference, pass_k=split == "dev", advance=advance,
             )  # fmt: skip
             return {"rows": [{"stage": name, "iteration": iteration, **row} for row in rows]}
 

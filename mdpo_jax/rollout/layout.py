@@ -114,8 +114,8 @@ def _moved(x: jax.Array, target: NamedSharding) -> jax.Array:
     # Replicated over the processes, and of that this process's part.
     mesh = x.sharding.mesh  # pyright: ignore[reportAttributeAccessIssue]
     by_process = sorted(mesh.devices.flat, key=lambda d: d.process_index)
-    shape, axes = target.mesh.devices.shape, target.mesh.axis_names
-    everywhere = _mesh(by_process, (-1, *shape), ("process", *axes))
+    sizes = target.mesh.axis_sizes
+    everywhere = _mesh(by_process, (-1, *sizes), ("process", *target.mesh.axis_names))
     # Where the two meshes order the devices differently, `device_put` sees to that.
     copies = jax.device_put(x, NamedSharding(everywhere, target.spec))
     own = [shard.data for shard in copies.addressable_shards]

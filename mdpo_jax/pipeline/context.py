@@ -195,10 +195,14 @@ class Context:
         """The trainer with the preference step's, or the warm-up's, optimiser."""
         c, t = self.config, self.config.train
         part = c.sft if sft else t
+        optimiser = Optimiser(
+            beta2=part.beta2, weight_decay=part.weight_decay, clip=t.clip, name=t.optimiser,
+            ema=0.0 if sft else t.ema,
+        )  # fmt: skip
         return Trainer(
             self.shape,
             Forward(c.model.dtype, c.model.remat, t.logprob_chunk, c.model.attention),
-            Optimiser(beta2=part.beta2, weight_decay=part.weight_decay, clip=t.clip),
+            optimiser,
             Layout(self._rows, t.row_length, max(2 * t.batch_pairs, c.sft.batch, c.raft.batch)),
             self.mesh,
             # A fresh model knows nothing that an adapter could build on.

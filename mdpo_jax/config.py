@@ -25,6 +25,9 @@ ChatName = Literal[
     "auto", "gemma", "mistral", "mistral-instruct", "llama3", "llama2", "chatml", "plain"
 ]
 
+# As in model/families.py, two floors above.
+FamilyName = Literal["gemma", "gemma2", "gemma3", "llama", "mistral", "qwen2", "qwen3"]
+
 
 class StepZeroError(RuntimeError):
     """With policy = reference the first log-ratios are not 0: their weights or forwards differ."""
@@ -35,6 +38,8 @@ class Model:
     """The policy.  With `path` a model's folder or hub id `org/name[@revision]`; without, a fresh one
     of this shape.
 
+    family: of a fresh model (a small one has the family's kinds of layers, caps and special tokens);
+    a model that is loaded has its own.
     dtype is the compute type, param_dtype that of the trained weights.
     chat: the chat format; `auto` takes the family's that the tokenizer's vocabulary can spell.
     system: a system prompt, in formats that have one; the paper uses none.
@@ -42,6 +47,7 @@ class Model:
     """
 
     path: str | None = None
+    family: FamilyName = "gemma"
     dtype: Literal["float32", "bfloat16"] = "float32"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     chat: ChatName = "auto"

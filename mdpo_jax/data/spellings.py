@@ -126,9 +126,10 @@ def llama_tokenizer(processor: Any, specials: Iterable[str] = (), **options: Any
     from transformers import LlamaTokenizer
 
     vocab = {processor.id_to_piece(i): i for i in range(processor.vocab_size())}
+    settings: dict[str, Any] = {"legacy": False} | options
     return LlamaTokenizer(
         vocab=vocab,
         merges=merge_list(processor, vocab),  # pyright: ignore[reportArgumentType]
         extra_special_tokens=list(specials),
-        **({"legacy": False} | options),
+        **settings,
     )

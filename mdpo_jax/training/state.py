@@ -113,6 +113,7 @@ def _kept_in_bfloat16(inner: optax.GradientTransformation) -> optax.GradientTran
     """
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        new: Any
         updates, new = inner.update(updates, _cast(state, jnp.float32), params)
         leaves, tree = jax.tree.flatten(new)
         key = jax.random.fold_in(jax.random.key(0), new.count)
@@ -160,7 +161,7 @@ def state_shardings(params: Any, shardings: Any, optimiser: Optimiser) -> TrainS
     """
     structure = jax.tree.structure(params)
     first = jax.tree.leaves(shardings)[0]
-    everywhere = NamedSharding(first.mesh, PartitionSpec()) if _named(first) else first
+    everywhere: Any = NamedSharding(first.mesh, PartitionSpec()) if _named(first) else first
 
     def of_moments(path: Any, moments: Any) -> Any:
         if jax.tree.structure(moments) != structure:

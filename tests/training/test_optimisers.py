@@ -27,7 +27,8 @@ def tree(seed, scale=1.0):
     return {k: rng.normal(scale=scale, size=s).astype(np.float32) for k, s in SHAPES.items()}
 
 
-GRADIENTS = [tree(s, 0.01) for s in range(1, 4)]
+# Growing, so that the first is not clipped and Adafactor's updates would be.
+GRADIENTS, CLIP = [tree(s, 0.01 * s) for s in range(1, 4)], 5.0
 PARAMS = tree(0)
 
 
@@ -49,7 +50,7 @@ def clipped(gradients, limit):
 def adam_by_hand(b1, b2):
     mu, nu, out = dict.fromkeys(SHAPES, 0.0), dict.fromkeys(SHAPES, 0.0), []
     for t, gradients in enumerate(GRADIENTS, 1):
-        g = clipped(gradients, 1.0)
+        g = clipped(gradients, CLIP)
         mu = {k: b1 * mu[k] + (1 - b1) * g[k] for k in g}
         nu = {k: b2 * nu[k] + (1 - b2) * g[k] ** 2 for k in g}
         steps = {k: mu[k] / (1 - b1**t) / (np.sqrt(nu[k] / (1 - b2**t)) + 1e-8) for k in g}
@@ -60,7 +61,7 @@ def adam_by_hand(b1, b2):
 def lion_by_hand():
     mu, out = dict.fromkeys(SHAPES, 0.0), []
     for gradients in GRADIENTS:
-        g = clipped(gradients, 1.0)
+        g = clipped(gradients, CLIP)
         out.append({k: np.sign(0.9 * mu[k] + 0.1 * g[k]) + 0.1 * PARAMS[k] for k in g})
         mu = {k: 0.99 * mu[k] + 0.01 * g[k] for k in g}
     return out
@@ -70,7 +71,7 @@ def adafactor_by_hand():
     """Shazeer & Stern 2018, algorithm 4, without momentum, relative steps and parameter scale."""
     rows, columns, whole, out = 0.0, 0.0, dict.fromkeys(SHAPES, 0.0), []
     for t, gradients in enumerate(GRADIENTS, 1):
-        g, decay, steps = clipped(gradients, 1.0), 1 - t**-0.8, {}
+        g, decay, steps = clipped(gradients, CLIP), 1 - t**-0.8, {}
         for k in g:
             squares = g[k] ** 2 + 1e-30
             if k == "matrix":  # axes 1 and 3 are the two of at least 128
@@ -89,7 +90,7 @@ def adafactor_by_hand():
 def test_updates_equal_those_by_hand(name):
     by_hand = {"lion": lion_by_hand, "adafactor": adafactor_by_hand}
     expected = by_hand.get(name, functools.partial(adam_by_hand, 0.9, 0.98))()
-    found, _ = updates(Optimiser(beta2=0.98, weight_decay=0.1, name=name))
+    found, _ = updates(Optimiser(beta2=0.98, weight_decay=0.1, clip=CLIP, name=name))
     for step, (got, wanted) in enumerate(zip(found, expected, strict=True)):
         # What is kept in bfloat16 is read from the second step on.
         off = 0.02 if name == "adamw_bf16_moments" and step else 1e-4
@@ -114,10 +115,12 @@ def test_adafactor_is_optax_s_own_without_its_schedule():
 )
 def test_moments_have_their_type_whatever_the_parameters(name, kept, per_parameter, dtype):
     params = jax.tree.map(lambda x: jnp.asarray(x, dtype), PARAMS)
-    _, state = updates(Optimiser(name=name), params)
-    moments = [x for x in jax.tree.leaves(state) if x.ndim]
-    assert {str(x.dtype) for x in moments} == {kept}
-    assert sum(x.nbytes for x in moments) == per_parameter * sum(x.size for x in PARAMS.values())
+    optimiser = Optimiser(name=name)
+    for state in (optimiser.transform().init(params), updates(optimiser, params)[1]):
+        moments = [x for x in jax.tree.leaves(state) if x.ndim]
+        assert {str(x.dtype) for x in moments} == {kept}
+        count = sum(x.size for x in PARAMS.values())
+        assert sum(x.nbytes for x in moments) == per_parameter * count
 
 
 def test_adafactor_keeps_a_row_and_a_column():

@@ -7,7 +7,10 @@ Command   python -m mdpo_jax.train --config=gemma7b --config.model.path=SFT_FOLD
               --config.problems.path=PROMPTS.jsonl --config.problems.test_path=TEST.jsonl
 
 `model.path` is the SFT start, a Hugging Face folder (the paper: epoch 3 on 510K tool-integrated
-trajectories).  `--smoke` runs every stage on CPU in minutes with a stand-in model and problems.
+trajectories).  To make it from the hub's gated `google/gemma-1.1-7b-it` (accept its licence there, then
+`hf auth login`): that as `model.path`, `--config.sft.path=DEMONSTRATIONS.jsonl` and
+`--config.sft.steps=` 3 epochs over `sft.batch` (the paper's 64 are packed rows of 4,096 tokens, ours
+demonstrations).  `--smoke` runs every stage on CPU with a stand-in model and problems.
 """
 
 from mdpo_jax.config import SFT, Config, Mesh, Model, Pairs, Problems, Raft, Rollout, Tool, Train
@@ -22,7 +25,7 @@ def get_config() -> Config:
             path="gemma-1.1-7b-it-sft", dtype="bfloat16", param_dtype="float32", remat="full"
         ),
         problems=Problems(path="prompts.jsonl", per_iteration=20_000, dev=1000, test=5000),
-        sft=SFT(steps=0),
+        sft=SFT(steps=0, learning_rate=5e-6, batch=64, warmup_steps=100),
         rollout=Rollout(
             samples=20,
             previous_samples=10,

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mdpo_jax.config import Config, ConfigError
+from mdpo_jax.smoke import smoke
 
 
 def recipe_folder() -> Path:
@@ -48,34 +49,6 @@ def load_recipe(name: str) -> Config:
             f"--config={name}: get_config() gave a {type(config).__name__}; expected a Config"
         )
     return config
-
-
-def smoke(config: Config) -> Config:
-    """The recipe with a stand-in model and counts that a CPU runs in minutes.
-
-    Model shape, problems and counts shrink, those of tokens included; objective, types, turns,
-    samples, reference and mixture stay.
-    The stand-in is the synthetic suite with a short warm-up, so that there are pairs to learn from.
-    """
-    replace = dataclasses.replace
-    shape = {"path": None, "vocab_size": 448, "hidden_size": 64, "num_layers": 2, "num_heads": 4}
-    shape |= {"num_kv_heads": 2, "head_dim": 32, "intermediate_size": 192}
-    files = {"path": None, "dev_path": None, "test_path": None, "steps": (1.0,)}
-    warm_up = {"path": None, "steps": 150, "learning_rate": 4e-3, "beta2": 0.98, "batch": 16}
-    tokens = {"turn_tokens": 64, "trajectory_tokens": 192, "context": 256}
-    counts = {"demonstrations": 1500, "observation_weight": 0.25, "final_lr_fraction": 0.05}
-    return replace(
-        config,
-        name=f"{config.name}-smoke",
-        model=replace(config.model, **shape),
-        problems=replace(
-            config.problems, **files, per_iteration=8, dev=8, test=8, mental_scale=0.3
-        ),
-        sft=replace(config.sft, **warm_up, **counts),
-        rollout=replace(config.rollout, slots=64, chunk_problems=8, **tokens),
-        train=replace(config.train, batch_pairs=4, rows=4, row_length=256),
-        evaluate=replace(config.evaluate, pass_problems=4),
-    )
 
 
 def parse(arguments: Sequence[str]) -> Config:

@@ -1,4 +1,7 @@
-"""`python -m mdpo_jax.train --config=NAME [--config.FIELD=VALUE ...]`: run the whole loop."""
+"""`python -m mdpo_jax.train --config=NAME [--smoke] [--config.FIELD=VALUE ...]`: run the whole loop.
+
+`--smoke` makes any recipe small: every stage on a CPU in about a minute, without a download.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from collections.abc import Sequence
 
 from mdpo_jax.config import Config
 from mdpo_jax.doors import EXIT_OK, interrupts_held, run_door
+from mdpo_jax.smoke import NOTE, is_smoke
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -29,12 +33,14 @@ def _train(config: Config) -> None:
         from mdpo_jax.pipeline import exporting, loop, summary
         from mdpo_jax.reporting.console import results_table
 
+    console = Console()
+    if is_smoke(config):
+        console.print(f"[bold]{NOTE}[/bold]")
     results = loop.run(config)
     folder = exporting.export_chosen(config, results)
     if not hosts.first():
         return
     page = summary.write_report(config)
-    console = Console()
     console.print(results_table(results["rows"]))
     for c in results["comparisons"]:
         console.print(
@@ -43,6 +49,8 @@ def _train(config: Config) -> None:
             f"{100 * c['high']:+.1f}]"
         )
     chosen = results["chosen_iteration"]
+    if is_smoke(config):
+        console.print(f"[bold]{NOTE}[/bold]")
     console.print(f"results {config.directory / 'results.json'}")
     console.print(f"export  {folder} (iteration {chosen}, the best on dev)\nreport  {page}")
 

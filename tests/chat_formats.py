@@ -1,15 +1,11 @@
 """A small real tokenizer of every kind, with its family's special tokens and chat template."""
 
 import functools
-import io
-import json
 
-import sentencepiece
 import support
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import LlamaTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
+from tokenizers import normalizers
 
-from mdpo_jax.data import synthetic, vocabulary
+from mdpo_jax.data import spellings, synthetic, vocabulary
 
 # The templates of the families' own tokenizer_config.json, without what they have for tools.
 _INST = (
@@ -47,13 +43,6 @@ QWEN25_JINJA = (
     "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\nYou are a helpful assistant."
     "<|im_end|>\\n' }}{% endif %}" + JINJA["chatml"]
 )
-LLAMA3_REGEX = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
-    r"\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-LLAMA3_SPECIALS = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>",
-                   "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>"]  # fmt: skip
-QWEN_SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 KINDS = tuple(JINJA)
 
 
@@ -78,83 +67,25 @@ def tokenizer(kind):
     return made
 
 
-def _byte_level(regex, specials, normalizer=None):
-    backend = Tokenizer(models.BPE())
-    backend.normalizer = normalizer
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(regex), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=450, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
-    )
-    backend.train_from_iterator(texts(), trainer)
-    return backend
-
-
 def _llama3():
-    return PreTrainedTokenizerFast(
-        tokenizer_object=_byte_level(LLAMA3_REGEX, LLAMA3_SPECIALS),
-        bos_token="<|begin_of_text|>",
-        eos_token="<|end_of_text|>",
-        clean_up_tokenization_spaces=True,  # as Llama 3's tokenizer_config.json has it
-        clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output=True,
-    )
+    return spellings.llama3_tokenizer(texts(), 450)
 
 
 def _qwen():
-    backend = _byte_level(LLAMA3_REGEX.replace("{1,3}", ""), [], normalizers.NFC())
-    made = Qwen2Tokenizer(
-        vocab=backend.get_vocab(),
-        merges=[tuple(m) for m in _merges(backend)],
-        eos_token="<|im_end|>",
-        extra_special_tokens=QWEN_SPECIALS,
-    )
+    made = spellings.qwen_tokenizer(texts(), 450)
     assert made.bos_token is None
     return made
-
-
-def _merges(backend):
-    return json.loads(backend.to_str())["model"]["merges"]
 
 
 @functools.cache
 def sentencepiece_model(inst):
     """Llama's sentencepiece settings; with Mistral v0.3's control tokens [INST] 3 and [/INST] 4."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts()),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=450,
-        hard_vocab_limit=False,
-        byte_fallback=True,
-        split_digits=True,
-        character_coverage=1.0,
-        normalization_rule_name="identity",
-        add_dummy_prefix=True,
-        remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True,
-        control_symbols=["[INST]", "[/INST]"] if inst else [],
-        num_threads=1,
-        minloglevel=2,
-    )
-    return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    return spellings.sentencepiece_model(texts(), 450, spellings.INST if inst else ())
 
 
 def _sentencepiece(inst, spaces):
-    processor = sentencepiece_model(inst)
-    vocab = {processor.id_to_piece(i): i for i in range(processor.vocab_size())}
-    made = LlamaTokenizer(
-        vocab=vocab,
-        merges=vocabulary._merges(processor, vocab),
-        legacy=spaces != "first",
-        extra_special_tokens=["[INST]", "[/INST]"] if inst else [],
-    )
+    specials = spellings.INST if inst else ()
+    made = spellings.llama_tokenizer(sentencepiece_model(inst), specials, legacy=spaces != "first")
     if spaces == "legacy":  # tokenizer.json of the first Llama-2 and Mistral releases
         backend = made.backend_tokenizer
         backend.pre_tokenizer = None

@@ -2,7 +2,16 @@ import pytest
 
 from mdpo_jax.config import ConfigError
 from mdpo_jax.methods import METHODS
-from mdpo_jax.recipes import describe, differences, from_dict, load_recipe, parse
+from mdpo_jax.recipes import (
+    describe,
+    differences,
+    from_dict,
+    load_recipe,
+    parse,
+    recipe_folder,
+)
+
+RECIPES = sorted(path.stem for path in recipe_folder().glob("*.py"))
 
 
 def test_overrides_are_typed_and_nested():
@@ -77,7 +86,7 @@ def test_what_does_not_go_with_a_strategy_is_refused(strategy, fields, message):
 
 def test_an_unknown_recipe_suggests_the_nearest():
     with pytest.raises(
-        ConfigError, match=r"did you mean 'tiny'\?; known: gemma7b, tiny, tiny_stochastic"
+        ConfigError, match=r"did you mean 'tiny'\?; known: codegemma7b, .*, tiny, tiny_stochastic$"
     ):
         parse(["--config=tinny"])
 
@@ -94,6 +103,23 @@ def test_gemma7b_holds_the_papers_settings():
     assert (c.train.eta, c.train.learning_rate, c.train.batch_pairs) == (0.1, 4e-7, 32)
     assert (c.train.warmup_steps, c.train.reference, c.iterations) == (40, "preset", 3)
     assert (c.reference, c.nll_weight) == ("updated", 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "learning_rate", "sft", "raft"),
+    [
+        ("gemma7b", 4e-7, (5e-6, 0.34), (5e-6, 2)),
+        ("codegemma7b", 4e-7, (5e-6, 0.34), (5e-6, 2)),
+        ("mistral7b", 2e-7, (1e-5, 0.5), (1e-6, 1)),
+        ("gemma2_9b", 2e-7, (5e-6, 0.34), (5e-6, 2)),
+    ],
+)
+def test_the_papers_models_have_the_papers_rates(name, learning_rate, sft, raft):
+    c = load_recipe(name)
+    assert c.train.learning_rate == learning_rate
+    assert (c.sft.learning_rate, c.sft.previous_fraction) == sft
+    assert (c.sft.batch, c.sft.warmup_steps) == (64, 100)
+    assert (c.raft.learning_rate, c.raft.epochs, c.raft.batch) == (*raft, 32)
 
 
 def test_the_fingerprint_ignores_the_place_and_sees_the_rest():
@@ -145,7 +171,7 @@ def test_every_field_is_described():
     assert rows["--config.model.path"][0] == "str or none"
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny_stochastic", "gemma7b"])
+@pytest.mark.parametrize("name", RECIPES)
 def test_a_config_comes_back_from_its_dict(name):
     config = load_recipe(name)
     assert from_dict(config.as_dict()) == config
@@ -162,7 +188,7 @@ def test_a_config_comes_back_from_its_dict(name):
         "model.num_kv_heads=3", "model.head_dim=7", "model.vocab_size=20", "train.beta2=1",
         "sft.previous_fraction=2", "seed=-1", "lora.rank=-1", "lora.alpha=0", "lora.targets=c_attn",
         "train.nll_weight=-1", "train.turn_discount=0", "train.label_smoothing=0.5",
-        "train.mixture=2", "train.lambda_wrong=0", "train.observation_ce_weight=-1",
+        "train.mixture=2", "train.ema=1", "train.lambda_wrong=0", "train.observation_ce_weight=-1",
         "train.displacement_alarm=-1", "problems.fault=2", "term_c.utility=0",
         "term_c.continuations=0", "term_c.weight=0",
     ],
@@ -218,7 +244,7 @@ def test_overrides_are_judged_together_whatever_their_order():
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("recipe", ["tiny", "tiny_stochastic", "gemma7b"])
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_every_method_goes_with_the_recipes_as_they_are(method, recipe):
     config = parse([f"--config={recipe}", f"--config.method={method}"])
     assert config.reference == ("fixed" if method == "mdpo_fixed_ref" else "updated")

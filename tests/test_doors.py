@@ -101,5 +101,5 @@ def test_help_shows_the_values_that_the_arguments_give(capsys):
     assert train.main(["--config=gemma7b", "--smoke", "--config.train.eta=0.7", "--help"]) == 0
     shown = capsys.readouterr().out
     assert "--config.train.eta=0.7  (float)" in shown
-    assert "--config.model.hidden_size=64  (int)" in shown
+    assert "--config.model.hidden_size=48  (int)" in shown
     assert train.main(["--config=tiny", "--config.train.etaa=1", "--help"]) == 2

@@ -1,108 +1,161 @@
-"""Step throughput on random pairs of random Gemma weights: one JSON line.
+"""Step throughput on the pairs of the shared benchmark: one JSON line, its fields those of the peers.
 
-    python tools/bench_step.py --size nano --pairs 8 --steps 5
+    taskset -c 0 python tools/bench_step.py --model DIR/gemma-nano --size nano --reference in_step
 
-Lengths are those of the shared benchmark's specification: prompts lognormal about 100 tokens (20 to
-300), responses lognormal about 300 (150 to 600), 15 % of a response observation.
+Without --model, random Gemma weights of that size.  The model's folder needs config.json and
+safetensors, and no tokenizer.  `precomputed` scores the reference before the clock starts.
+Observations do not count in the loss, as they do in TRL's, but every one of their tokens is
+computed.  Tokens are useful that are not padding; FLOPs are those that a step needs
+(tools/bench_pairs.py).
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
+import os
 import platform
-import statistics
+import resource
 import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+from bench_pairs import BenchPair, Lap, figures, make_pairs, rounded
 
 SIZES = {
     "nano": (512, 128, 512, 4, 4, 1, 32),
     "micro": (8192, 512, 2048, 8, 8, 1, 64),
 }
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "mdpo_jax")
 
 
-def make_items(count: int, vocab: int, seed: int, longest: int):
-    """`count` pairs of packed-ready sequences; reference log-probs 0."""
+def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
+    """Of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, help="a Hugging Face folder; none: random weights")
+    parser.add_argument("--size", choices=list(SIZES), default="nano")
+    parser.add_argument("--reference", choices=["in_step", "precomputed"], default="precomputed")
+    parser.add_argument("--pairs", type=int, default=8, help="pairs a step")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--warmup", type=int, default=1, help="steps left out of the figures")
+    parser.add_argument("--max-len", type=int, default=1024, help="of a sequence, and of a row")
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--attention", default="auto")
+    parser.add_argument("--remat", choices=["none", "full", "dots"], default="none")
+    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
+    parser.add_argument("--optimiser", default="adamw")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(given)
+    for name in ("pairs", "steps", "warmup"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name}={getattr(options, name)}: expected at least 1")
+    if options.max_len <= 320:
+        parser.error(f"--max-len={options.max_len}: expected more than 320; prompts have up to 300")
+    return options
+
+
+def model(options: argparse.Namespace) -> tuple[Any, Any]:
+    """Configuration and float32 parameters."""
+    import jax
+
+    from mdpo_jax.model import transformer
+    from mdpo_jax.model.families import ModelConfig
+    from mdpo_jax.model.hf_config import from_hf
+    from mdpo_jax.model.weights import read_params
+
+    if options.model is None:
+        config = ModelConfig("gemma", *SIZES[options.size])
+        return config, transformer.init_params(config, jax.random.key(options.seed))
+    config = from_hf(json.loads((options.model / "config.json").read_text()))
+    vocab = SIZES[options.size][0]
+    if config.vocab_size < vocab:
+        raise SystemExit(
+            f"--model={options.model}: a vocabulary of {config.vocab_size}; expected at least "
+            f"{vocab}, that of --size={options.size}"
+        )
+    return config, read_params(options.model, config, None, np.dtype(np.float32))
+
+
+def sides(pair: BenchPair) -> tuple[Any, Any]:
+    """Both sequences, ready to pack; their reference log-probs are 0."""
     from mdpo_jax.data.packing import Item
 
-    rng = np.random.default_rng(seed)
+    def one(response: np.ndarray, mask: np.ndarray) -> Item:
+        ids = np.concatenate([pair.prompt, response])
+        weights = np.concatenate([np.zeros(len(pair.prompt)), mask]).astype(np.float32)
+        return Item(ids, weights, np.zeros(len(ids), np.float32))
 
-    def length(median: float, sigma: float, low: int, high: int) -> int:
-        return int(np.clip(round(float(rng.lognormal(np.log(median), sigma))), low, high))
-
-    pairs = []
-    for _ in range(count):
-        prompt = length(100, 0.4, 20, 300)
-        sides = []
-        for _ in range(2):
-            response = min(length(300, 0.45, 150, 600), longest - prompt)
-            total = prompt + response
-            weights = (rng.random(total) > 0.15).astype(np.float32)
-            weights[:prompt] = 0
-            ids = rng.integers(4, vocab, total).astype(np.int32)
-            sides.append(Item(ids, weights, np.zeros(total, np.float32)))
-        pairs.append(tuple(sides))
-    return pairs
+    chosen = one(pair.chosen, pair.chosen_mask)._replace(correct=True)
+    return chosen, one(pair.rejected, pair.rejected_mask)
 
 
-def main() -> None:
-    """Time `--steps` steps after one that compiles."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--size", choices=list(SIZES), default="nano")
-    parser.add_argument("--pairs", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--rows", type=int, default=8)
-    parser.add_argument("--row-length", type=int, default=1024)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-
+def measure(options: argparse.Namespace, config: Any, params: Any) -> dict[str, Any]:
+    """Run the steps; the fields that depend on them."""
     import jax
 
     from mdpo_jax.data.packing import Layout, pack
-    from mdpo_jax.model import transformer
-    from mdpo_jax.model.families import ModelConfig, count_params
     from mdpo_jax.training.losses import Forward, Objective
     from mdpo_jax.training.state import Optimiser, init_state
-    from mdpo_jax.training.step import make_step, put
+    from mdpo_jax.training.step import Fixed, make_step, put
+    from mdpo_jax.training.trainer import Trainer, copy_params
 
-    config = ModelConfig("gemma", *SIZES[options.size])
-    optimiser = Optimiser()
-    state = init_state(transformer.init_params(config, jax.random.key(options.seed)), optimiser)
-    step = make_step(config, Forward(), Objective("pairs"), optimiser)
-    layout = Layout(options.rows, options.row_length, 2 * options.pairs)
-    pairs = make_items(
-        options.pairs * (options.steps + 1), config.vocab_size, options.seed, options.row_length
-    )
-    seconds, cpu, rates, fills = [], [], [], []
-    for index in range(options.steps + 1):
-        group = pairs[index * options.pairs : (index + 1) * options.pairs]
-        wall, process = time.perf_counter(), time.process_time()
-        batch = pack(group, layout)
-        state, metrics = step(state, put(batch, None), np.float32(1e-6))
-        jax.block_until_ready(metrics)
-        wall, process = time.perf_counter() - wall, time.process_time() - process
-        if index:
-            tokens = sum(len(side.ids) for pair in group for side in pair)
-            seconds.append(wall)
-            cpu.append(process)
-            rates.append(tokens / process)
-            fills.append(batch.fill)
+    in_step, size = options.reference == "in_step", options.pairs
+    forward = Forward("bfloat16" if options.bf16 else "float32", options.remat,
+                      attention=options.attention)  # fmt: skip
+    optimiser = Optimiser(name=options.optimiser)
+    layout = Layout(options.rows, options.max_len, 2 * size)
+    count = options.warmup + options.steps
+    pairs = make_pairs(size * count, SIZES[options.size][0], options.seed, options.max_len)
+    groups = [sides(pair) for pair in pairs]
+    if not in_step:
+        scores = Trainer(config, forward, optimiser, layout).score(
+            params, [side for group in groups for side in group], 2 * size
+        )
+        both = [side for group in groups for side in group]
+        both = [side._replace(reference=s) for side, s in zip(both, scores, strict=True)]
+        groups = list(zip(both[::2], both[1::2], strict=True))
+    fixed = Fixed(None, copy_params(params) if in_step else None)
+    step = make_step(config, forward, Objective("pairs", eta=0.1), optimiser)
+    size_before = step._cache_size()  # pyright: ignore[reportAttributeAccessIssue]
+    state, laps, first = init_state(params, optimiser), [], None
+    for index in range(count):
+        here = slice(index * size, (index + 1) * size)
+        wall, cpu = time.perf_counter(), time.process_time()
+        batch = pack(groups[here], layout)
+        state, metrics = step(state, put(batch, None), np.float32(1e-6), fixed)
+        jax.block_until_ready((state, metrics))
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        first = float(metrics["loss"]) if first is None else first
+        micros = int(batch.sequence_mask.any(axis=1).sum())
+        laps.append(Lap(wall, cpu, pairs[here], micros * layout.rows * layout.row_length))
+    return figures(config, laps[options.warmup :], in_step) | {
+        "first_loss": first,
+        "compilations": step._cache_size() - size_before,  # pyright: ignore[reportAttributeAccessIssue]
+        "device": jax.devices()[0].device_kind,
+    }
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    """Measure and print."""
+    from mdpo_jax.model.families import count_params
+
+    options = arguments(given)
+    config, params = model(options)
     line = {
         "bench": "dpo_step", "peer": "mdpo_jax", "size": options.size,
-        "params": count_params(config), "pairs_per_step": options.pairs,
-        "reference": "precomputed",
-        "step_s": _spread(seconds), "step_cpu_s": _spread(cpu),
-        "useful_tokens_per_cpu_s": _spread(rates), "real_fraction": statistics.mean(fills),
-        "compilations": step._cache_size(),  # pyright: ignore[reportAttributeAccessIssue]
-        "python": platform.python_version(),
-        "jax": jax.__version__, "device": jax.devices()[0].device_kind,
+        "model": options.model.name if options.model else "random",
+        "reference": options.reference, "attention": options.attention,
+        "checkpointing": options.remat != "none", "bf16": options.bf16,
+        "pairs_per_step": options.pairs, "params": count_params(config),
+        "optimiser": options.optimiser, **measure(options, config, params),
+        "python": platform.python_version(), "cores": len(os.sched_getaffinity(0)),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
     }  # fmt: skip
-    print(json.dumps(line))
-
-
-def _spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+    print(json.dumps(rounded(line)), flush=True)
 
 
 if __name__ == "__main__":

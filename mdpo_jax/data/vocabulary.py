@@ -52,7 +52,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
     vocab = {processor.id_to_piece(i): i for i in range(processor.vocab_size())}
     tokenizer = GemmaTokenizer(
         vocab=vocab,
-        merges=_merges(processor, vocab),  # pyright: ignore[reportArgumentType]
+        merges=merge_list(processor, vocab),  # pyright: ignore[reportArgumentType]
         mask_token=None,  # pyright: ignore[reportArgumentType]
         extra_special_tokens=list(SPECIALS),
     )
@@ -67,7 +67,7 @@ def save_tokenizer(tokenizer: Any, path: str | Path) -> None:
     (Path(path) / "tokenizer.model").write_bytes(tokenizer.sentencepiece_model)
 
 
-def _merges(processor: Any, vocab: dict[str, int]) -> list[tuple[str, str]]:
+def merge_list(processor: Any, vocab: dict[str, int]) -> list[tuple[str, str]]:
     """The merge list that gives sentencepiece's segmentation: pieces by rank, every split of each."""
     merges = []
     for piece, index in vocab.items():

@@ -57,6 +57,40 @@ def from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     )
 
 
+def small_config(
+    family: str, vocab_size: int, hidden_size: int, intermediate_size: int, num_layers: int,
+    num_heads: int, num_kv_heads: int, head_dim: int,
+) -> ModelConfig:  # fmt: skip
+    """A model of these sizes that computes all that the family's released ones do.
+
+    Every second layer of Gemma 2 and 3 has a window, of 64 tokens, so that a short text goes beyond
+    it; Gemma 2 its caps, Gemma 3 its two kinds of RoPE, Qwen 2 its biases.
+    """
+    raw: dict[str, Any] = {
+        "model_type": FAMILIES[family].model_type,
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": num_kv_heads,
+        "head_dim": head_dim,
+        "tie_word_embeddings": family.startswith("gemma"),
+    }
+    if FAMILIES[family].sandwich:
+        kinds = ["sliding_attention", "full_attention"] * num_layers
+        raw |= {"sliding_window": 64, "layer_types": kinds[:num_layers]}
+        raw |= {"query_pre_attn_scalar": head_dim}
+    if family == "gemma3":
+        raw["rope_parameters"] = {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+        }
+    if family == "mistral":  # v0.3 has none
+        raw["sliding_window"] = None
+    return from_hf(raw)
+
+
 def text_config(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     """The text half of a multimodal config.json; any other as it is."""
     return raw["text_config"] if isinstance(raw.get("text_config"), Mapping) else raw

@@ -23,6 +23,7 @@ from mdpo_jax.grading.verdict import Grader
 from mdpo_jax.isolation.sandbox import probe
 from mdpo_jax.model import lora, sharding, transformer
 from mdpo_jax.model.families import ModelConfig
+from mdpo_jax.model.hf_config import small_config
 from mdpo_jax.model.lora import Lora
 from mdpo_jax.model.policy import Policy, load_policy
 from mdpo_jax.pipeline.files import stage
@@ -97,26 +98,26 @@ class Context:
         return load_policy(m.path or folder, m.param_dtype, self.mesh)
 
     def _fresh(self) -> Policy:
-        from mdpo_jax.data.vocabulary import train_tokenizer
+        from mdpo_jax.data.spellings import family_tokenizer
 
         m, seed = self.config.model, self.config.seed
         demos = synthetic.demonstrations(suite(self.config), 2000, seed)
-        headers = {"user": "user\n", "assistant": "model\n"}
+        assistant = "model" if m.family.startswith("gemma") else "assistant"
+        headers = {"user": "user\n", "assistant": f"{assistant}\n"}
         texts = (headers[t["role"]] + t["content"] for demo in demos for t in demo)
-        tokenizer = train_tokenizer(texts, m.vocab_size)
-        shape = ModelConfig(
-            "gemma", len(tokenizer), m.hidden_size, m.intermediate_size, m.num_layers,
+        tokenizer = family_tokenizer(m.family, texts, m.vocab_size)
+        shape = small_config(
+            m.family, len(tokenizer), m.hidden_size, m.intermediate_size, m.num_layers,
             m.num_heads, m.num_kv_heads, m.head_dim,
         )  # fmt: skip
         params = transformer.init_params(shape, jax.random.key(seed), jnp.dtype(m.param_dtype))
+        ends = dict.fromkeys([tokenizer.eos_token_id, Chat(tokenizer, m.family).end_id])
         ids = {
             "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": [
-                tokenizer.eos_token_id,
-                tokenizer.convert_tokens_to_ids("<end_of_turn>"),
-            ],
+            "eos_token_id": list(ends),
             "pad_token_id": tokenizer.pad_token_id,
         }
+        ids = {name: value for name, value in ids.items() if value is not None}
         return Policy(shape, params, tokenizer, dict(ids), dict(ids))
 
     @functools.cached_property
@@ -211,10 +212,14 @@ class Context:
         """The trainer with the preference step's, or the warm-up's, optimiser."""
         c, t = self.config, self.config.train
         part = c.sft if sft else t
+        optimiser = Optimiser(
+            beta2=part.beta2, weight_decay=part.weight_decay, clip=t.clip, name=t.optimiser,
+            ema=0.0 if sft else t.ema,
+        )  # fmt: skip
         return Trainer(
             self.shape,
             Forward(c.model.dtype, c.model.remat, t.logprob_chunk, c.model.attention),
-            Optimiser(beta2=part.beta2, weight_decay=part.weight_decay, clip=t.clip),
+            optimiser,
             Layout(self._rows, t.row_length, max(2 * t.batch_pairs, c.sft.batch, c.raft.batch)),
             self.mesh,
             # A fresh model knows nothing that an adapter could build on.

@@ -20,7 +20,7 @@ from mdpo_jax.model.lora import Lora
 from mdpo_jax.training import losses
 from mdpo_jax.training.losses import Forward, Objective, log_probs
 from mdpo_jax.training.segments import Arrays, by_sequence
-from mdpo_jax.training.state import Optimiser, TrainState
+from mdpo_jax.training.state import Optimiser, TrainState, state_shardings
 from mdpo_jax.training.value import Joint
 from mdpo_jax.types import PackedBatch
 
@@ -144,7 +144,7 @@ def make_step(
     The state is donated, `fixed` never.  With an `adapter` the policy's params are that alone.
     fixed and mismatched may be left out where there is nothing to hand over.
     """
-    pin = _pin(config, objective, mesh, adapter)
+    pin = _pin(config, objective, optimiser, mesh, adapter)
 
     def step(
         state: TrainState, batch: Arrays, learning_rate: Float[Array, ""], fixed: Fixed = NOTHING,
@@ -160,28 +160,38 @@ def make_step(
         updates, opt_state = optimiser.transform().update(gradients, state.opt_state, state.params)
         params = _updated(objective, state.params, updates, learning_rate)
         metrics |= {"grad_norm": optax.tree.norm(gradients), "learning_rate": learning_rate}
-        return TrainState(pin(params), opt_state, state.step + 1), metrics
+        ema = optimiser.averaged(state.ema, params)
+        return pin(TrainState(params, opt_state, state.step + 1, ema)), metrics
 
     return jax.jit(step, donate_argnums=0)
 
 
 def _pin(
-    config: ModelConfig, objective: Objective, mesh: Mesh | None, adapter: Lora | None
-) -> Callable[[Any], Any]:
-    """Keeps new parameters where the old ones lay.
+    config: ModelConfig, objective: Objective, optimiser: Optimiser, mesh: Mesh | None,
+    adapter: Lora | None,
+) -> Callable[[TrainState], TrainState]:  # fmt: skip
+    """Keeps the new state where the old one lay.
 
     Without this the compiler may give a leaf another layout than it came in with, and the next call
     would compile anew.
     """
     if mesh is None:
-        return lambda params: params
+        return lambda state: state
     if adapter is None:
         shardings: Any = sharding.param_shardings(config, mesh)
     else:
         shardings = lora.shardings(config, adapter, mesh)
-    if objective.value is not None:  # the head is small, and on every device
-        shardings = Joint(shardings, NamedSharding(mesh, PartitionSpec()))
-    return lambda params: jax.lax.with_sharding_constraint(params, shardings)
+
+    def pin(state: TrainState) -> TrainState:
+        places = shardings
+        if objective.value is not None:  # the head is small, and on every device
+            everywhere = NamedSharding(mesh, PartitionSpec())
+            places = Joint(shardings, jax.tree.map(lambda _: everywhere, state.params.head))
+        return jax.lax.with_sharding_constraint(
+            state, state_shardings(state.params, places, optimiser)
+        )
+
+    return pin
 
 
 def _updated(objective: Objective, params: Any, updates: Any, learning_rate: Array) -> Any:

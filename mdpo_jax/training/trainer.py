@@ -59,6 +59,7 @@ class Trainer:
     ) -> Any:  # fmt: skip
         """Parameters after `plan.steps` steps; `params` are donated to the first, `fixed` are not.
 
+        Where the optimiser keeps an average of them, that average, here and for `keep`.
         report(step, metrics) after each step; keep(step, params) may copy them.  A metric without a
         value in a batch (the mean of a class that it lacks) is left out.  Raises StepZeroError
         before anything is kept if `check_step_zero` and the first log-ratios are not 0.
@@ -79,8 +80,8 @@ class Trainer:
                 raise FloatingPointError(f"step {index}: the loss is {values['loss']}")
             values = {name: value for name, value in values.items() if not math.isnan(value)}
             report(index, values | {"fill": batch.fill, "action_share": batch.action_share})
-            keep(index + 1, _policy(state.params))
-        return _policy(state.params)
+            keep(index + 1, _policy(state.kept))
+        return _policy(state.kept)
 
     def _with_head(self, objective: Objective, params: Any) -> Any:
         if objective.value is None:

@@ -1,37 +1,104 @@
-"""`--config=gemma7b --smoke`: the paper's recipe through every stage, here with still fewer steps."""
+"""`--smoke` of every recipe: from warm-up to export, its own settings over a small model.
+
+One of them runs always (Gemma 2: caps, windows, four norms), the others with `pytest -m slow`.
+"""
 
 import json
 
+import pytest
+
 from mdpo_jax import train
-from mdpo_jax.recipes import load_recipe, smoke
+from mdpo_jax.chat import Chat
+from mdpo_jax.data import synthetic
+from mdpo_jax.data.spellings import family_tokenizer
+from mdpo_jax.model.families import FAMILIES, ModelConfig
+from mdpo_jax.model.hf_config import from_hf, small_config, to_hf
+from mdpo_jax.recipes import load_recipe, recipe_folder
+from mdpo_jax.smoke import NOTE, is_smoke, smoke
+
+RECIPES = sorted(path.stem for path in recipe_folder().glob("*.py"))
+ALWAYS = ("gemma2_9b",)
+# What a recipe is about; the counts, shapes and lengths of the other fields shrink.
+KEPT = {
+    "model": ("family", "chat", "system", "dtype", "param_dtype", "remat", "attention"),
+    "rollout": (
+        "samples", "previous_samples", "temperature", "top_k", "top_p", "max_turns", "collect",
+        "decode_dtype",
+    ),
+    "train": (
+        "eta", "loss", "mask", "reference", "reference_log_probs", "optimiser", "ema", "beta2",
+        "learning_rate", "warmup_steps", "clip", "epochs", "data", "start",
+    ),
+    "sft": ("previous_fraction", "weight_decay"),
+}  # fmt: skip
+SIZES = (64, 128, 2, 4, 2, 16)
 
 
-def test_smoke_keeps_the_recipes_settings():
-    recipe, small = load_recipe("gemma7b"), smoke(load_recipe("gemma7b"))
-    assert small.train.eta == recipe.train.eta
-    assert small.reference == recipe.reference == "updated"
-    assert small.pairs.per_problem == recipe.pairs.per_problem
-    assert small.rollout.max_turns == recipe.rollout.max_turns == 6
-    assert small.rollout.samples == recipe.rollout.samples == 20
-    assert small.rollout.previous_samples == recipe.rollout.previous_samples == 10
-    assert small.model.dtype == recipe.model.dtype == "bfloat16"
-    assert small.model.remat == recipe.model.remat
-    assert small.iterations == recipe.iterations == 3
+@pytest.mark.parametrize("name", RECIPES)
+def test_smoke_keeps_what_the_recipe_is_about(name):
+    recipe, small = load_recipe(name), smoke(load_recipe(name))
+    for section, fields in KEPT.items():
+        for field in fields:
+            before, after = (getattr(getattr(c, section), field) for c in (recipe, small))
+            assert before == after, f"{section}.{field}"
+    for whole in ("method", "seed", "tool", "pairs", "mesh", "lora", "term_c"):
+        assert getattr(recipe, whole) == getattr(small, whole), whole
+    assert small.directory.name == f"{recipe.name}-smoke-{recipe.method}-0"
+    assert is_smoke(small)
+    assert not is_smoke(recipe)
+    assert small.model.path is small.problems.path is small.sft.path is None
 
 
-def test_every_stage_of_the_papers_recipe_runs(tmp_path):
-    few = [
-        "--config.sft.steps=3", "--config.sft.demonstrations=60", "--config.iterations=1",
-        "--config.problems.per_iteration=2", "--config.problems.dev=2", "--config.problems.test=2",
-        "--config.rollout.samples=2", "--config.rollout.previous_samples=1",
-        "--config.mesh.fsdp=1", "--config.evaluate.pass_samples=2",
-    ]  # fmt: skip
-    assert train.main(["--config=gemma7b", "--smoke", *few, f"--config.workdir={tmp_path}"]) == 0
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_small_model_computes_what_its_family_does(family):
+    config = small_config(family, 448, *SIZES)
+    assert from_hf(to_hf(config, {})) == config
+    assert config.tied == family.startswith("gemma")
+    windows = [config.kind(i).window for i in range(2)]
+    assert windows == ([64, None] if config.traits.sandwich else [None, None])
+    caps = (50.0, 30.0) if family == "gemma2" else (None, None)
+    assert (config.attention_cap, config.logit_cap) == caps
+    assert len({kind.rope for kind in config.kinds}) == (2 if family == "gemma3" else 1)
+    if family == "gemma":  # as fresh models always were
+        assert config == ModelConfig("gemma", 448, *SIZES)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_small_tokenizer_carries_its_family_s_chat(family):
+    demos = synthetic.demonstrations(synthetic.Suite(), 300, 0)
+    texts = (m["content"] for demo in demos for m in demo)
+    tokenizer = family_tokenizer(family, texts, 448)
+    assert len(tokenizer) <= 455
+    chat = Chat(tokenizer, family)
+    names = {"llama": "llama3", "mistral": "mistral", "qwen2": "chatml", "qwen3": "chatml"}
+    assert chat.format == names.get(family, "gemma")
+    assert chat.decode(chat.messages(demos[0])[0]).count("boxed") == 1
+
+
+def run(name, folder, capsys, *more):
+    place = [f"--config.workdir={folder}", "--config.mesh.fsdp=1"]
+    assert train.main([f"--config={name}", "--smoke", *place, *more]) == 0
+    assert " ".join(capsys.readouterr().out.split()).count(NOTE) == 2
+    results = json.loads((folder / "results.json").read_text())
+    assert results["config"]["name"] == f"{load_recipe(name).name}-smoke"
+    last = results["config"]["iterations"]
     stages = ("rollout", "pairs", "reference", "train", "train-dev", "train-test")
-    done = [tmp_path / "sft" / "done.json"]
-    done += [tmp_path / "iteration-1" / stage / "done.json" for stage in stages]
-    assert all(path.is_file() for path in done)
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert results["config"]["name"] == "gemma7b-smoke"
-    assert (tmp_path / "export" / "model.safetensors").exists()
-    assert (tmp_path / "report" / "index.html").exists()
+    done = {s: json.loads((folder / f"iteration-{last}/{s}/done.json").read_text()) for s in stages}
+    assert done["train"]["steps"] > 0
+    assert results["compilations"]["step"] == 1
+    assert (folder / "report" / "index.html").exists()
+    exported = json.loads((folder / "export" / "config.json").read_text())
+    family = FAMILIES[load_recipe(name).model.family]
+    assert exported["architectures"] == [family.architecture]
+    assert (folder / "export" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ALWAYS)
+def test_every_stage_of_a_recipe_runs(name, tmp_path, capsys):
+    run(name, tmp_path, capsys, "--config.iterations=1", "--config.rollout.slots=4")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in RECIPES if name not in ALWAYS])
+def test_every_stage_of_the_other_recipes_runs(name, tmp_path, capsys):
+    run(name, tmp_path, capsys)

@@ -1,0 +1,37 @@
+"""Qwen2.5-Math-7B-Instruct, which uses Python by itself, with the paper's loop (arXiv 2409.02392).
+
+Result    none yet; the paper has no Qwen
+Hardware  by count of bytes: 16 a parameter (float32 weights, gradient, two moments) x 7.62 B
+          = 122 GB over the mesh, and 2 a parameter (15 GB) for the sampler's copy, beside
+          activations and caches; no plan has been run
+Command   python -m mdpo_jax.train --config=qwen2_5_math_7b --config.problems.path=PROMPTS.jsonl \
+              --config.problems.test_path=TEST.jsonl
+
+The hub's `Qwen/Qwen2.5-Math-7B-Instruct` is open (Apache 2.0) and needs no warm-up: the system prompt
+asks for its tool-integrated mode.  Qwen itself writes tool output into the same turn; here it is a
+user turn, as the paper has it.  Learning rate: the paper's for Mistral-7B and Gemma-2, untuned.
+`--smoke` runs every stage on CPU with a stand-in model and problems.
+"""
+
+import dataclasses
+
+from mdpo_jax.config import Config
+from mdpo_jax.recipes import load_recipe
+
+
+def get_config() -> Config:
+    """The recipe: what differs from Gemma-1.1's settings."""
+    gemma, replace = load_recipe("gemma7b"), dataclasses.replace
+    return replace(
+        gemma,
+        name="qwen2_5_math_7b",
+        model=replace(
+            gemma.model,
+            path="Qwen/Qwen2.5-Math-7B-Instruct",
+            family="qwen2",
+            chat="chatml",
+            system="Please integrate natural language reasoning with programs to solve the problem "
+            "above, and put your final answer within \\boxed{}.",
+        ),
+        train=replace(gemma.train, learning_rate=2e-7),
+    )

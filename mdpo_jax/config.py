@@ -62,7 +62,7 @@ class Model:
     num_kv_heads: int = 2
     head_dim: int = 32
     remat: Literal["none", "full", "dots"] = "none"
-    attention: Literal["auto", "reference", "splash", "cudnn", "pallas_triton"] = "auto"
+    attention: Literal["auto", "reference", "skipping", "splash", "cudnn", "pallas_triton"] = "auto"
 
     def __post_init__(self) -> None:
         _at_least(1, "model", self, "hidden_size", "intermediate_size", "num_layers", "num_heads")

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mdpo_jax.model.kernels import KERNELS, choose
+from mdpo_jax.model.skipping import skipping
 
 BLOCK = 512  # queries whose scores exist at one time
 MASKED = -1e30  # finite, so that a row without keys gives a mean and not NaN
@@ -70,7 +71,7 @@ def _reference(q_BTHK, k_BSGK, v_BSGK, segments_BT, *, scale, window, softcap):
     return jnp.concatenate(blocks, axis=1)
 
 
-BACKENDS = {"reference": _reference, **KERNELS}
+BACKENDS = {"reference": _reference, "skipping": skipping, **KERNELS}
 
 
 def attend_cache(

@@ -8,8 +8,9 @@ sees token s <= t of its row if their segments are equal and, under a window, t 
     cudnn          CUDA      in a mask  refused  multiples of 8       the triangle
     pallas_triton  GPU       refused    refused  up to 256            the triangle
 
-No kernel skips the blocks between two segments: segments are data, the block grids are static.
-Under `jax.set_mesh` each device runs the kernel on its own rows and heads (see `_on_mesh`).
+No kernel here skips the blocks between two segments: segments are data, their block grids are
+static.  On a CPU, where loops may have traced bounds, skipping.py does.
+Under `jax.set_mesh` each device runs the kernel on its own rows and heads (see `on_mesh`).
 
 Suffixes: B rows, T queries, S keys, H query heads, G key heads, K head_dim.
 """
@@ -53,7 +54,7 @@ def choose(
     (Gemma-2), float32, a head_dim beyond the card's (256 from Hopper on, 128 before), masks of
     more than `CUDNN_LENGTH` squared.  pallas_triton is never chosen, only offered by name: it
     repeats grouped key heads, its blocks have not been timed, and jax has deprecated it since 0.11.
-    Anything else: the reference.
+    CPU: skipping (skipping.py).  Anything else: the reference.
     """
     del window  # splash takes any; cudnn's mask too
     dtype = jnp.dtype(dtype)
@@ -62,7 +63,7 @@ def choose(
     if platform in ("gpu", "cuda"):
         fits = head_dim % 8 == 0 and head_dim <= _cudnn_head_dim() and length <= CUDNN_LENGTH
         return "cudnn" if softcap is None and dtype in HALVES and fits else "reference"
-    return "reference"
+    return "skipping" if platform == "cpu" else "reference"
 
 
 def splash(
@@ -88,7 +89,7 @@ def splash(
     local = functools.partial(
         _splash_rows, scale=scale, window=window, softcap=softcap, interpret=interpret
     )
-    return _on_mesh(local, q_BTHK, k_BSGK, v_BSGK, segments_BT)
+    return on_mesh(local, q_BTHK, k_BSGK, v_BSGK, segments_BT)
 
 
 def cudnn(
@@ -115,7 +116,7 @@ def cudnn(
     if head_dim % 8 or head_dim > 256:
         raise _refused("cudnn", "head_dim", head_dim, "a multiple of 8, at most 256")
     local = functools.partial(_cudnn_rows, scale=scale, window=window)
-    return _on_mesh(local, q_BTHK, k_BSGK, v_BSGK, segments_BT)
+    return on_mesh(local, q_BTHK, k_BSGK, v_BSGK, segments_BT)
 
 
 def pallas_triton(
@@ -144,7 +145,7 @@ def pallas_triton(
     if head_dim > 256:
         raise _refused("pallas_triton", "head_dim", head_dim, "at most 256")
     local = functools.partial(_triton_rows, scale=scale, interpret=interpret)
-    return _on_mesh(local, q_BTHK, k_BSGK, v_BSGK, segments_BT)
+    return on_mesh(local, q_BTHK, k_BSGK, v_BSGK, segments_BT)
 
 
 KERNELS: dict[str, Callable[..., jax.Array]] = {
@@ -154,7 +155,7 @@ KERNELS: dict[str, Callable[..., jax.Array]] = {
 }
 
 
-def _on_mesh(local: Local, q_BTHK, k_BSGK, v_BSGK, segments_BT) -> jax.Array:
+def on_mesh(local: Local, q_BTHK, k_BSGK, v_BSGK, segments_BT) -> jax.Array:
     """`local` on each device's share: rows over ("data", "fsdp"), heads over "tensor".
 
     A kernel is opaque to the partitioner, which would gather all rows to every device.  Where

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from mdpo_jax import objectives
 from mdpo_jax.model import transformer
@@ -58,26 +58,28 @@ class Forward:
 
 
 def scored(
-    config: ModelConfig, forward: Forward, params: Any, micro: Arrays
-) -> tuple[Float[Array, "rows length"], Float[Array, "rows length width"]]:
+    config: ModelConfig, forward: Forward, params: Any, micro: Arrays,
+    counted: Bool[Array, "rows length"] | None = None,
+) -> tuple[Float[Array, "rows length"], Float[Array, "rows length width"]]:  # fmt: skip
     """Log-prob of every token given those before it in its segment, and the last hidden states.
 
     The log-prob is 0 at column 0; that of a segment's first token is meaningless and must carry
-    weight 0 (it is a prompt token by construction).
+    weight 0 (it is a prompt token by construction).  counted: the tokens whose log-probs are asked
+    for; those of the others are 0 and the head is spared most of them.
     """
     hidden = transformer.hidden_states(
         config, params, micro["tokens"], micro["positions"], micro["segments"],
         dtype=jnp.dtype(forward.dtype), remat=forward.remat, backend=forward.attention,
     )  # fmt: skip
-    rows, length, width = hidden.shape
     values = objectives.token_log_probs(
-        hidden[:, :-1].reshape(rows * (length - 1), width),
+        hidden[:, :-1],
         transformer.unembedding(params),
-        micro["tokens"][:, 1:].reshape(-1),
+        micro["tokens"][:, 1:],
         chunk=forward.logprob_chunk,
         softcap=config.logit_cap,
+        counted=None if counted is None else counted[:, 1:],
     )
-    return jnp.pad(values.reshape(rows, length - 1), ((0, 0), (1, 0))), hidden
+    return jnp.pad(values, ((0, 0), (1, 0))), hidden
 
 
 def log_probs(
@@ -111,7 +113,11 @@ def micro_loss(
 
     head: of `objective.value`, else None.
     """
-    values, hidden = scored(config, forward, params, micro)
+    seen = micro["parts"] == Part.OBSERVATION
+    counted = micro["weights"] > 0
+    if objective.observation_ce_weight:
+        counted |= seen
+    values, hidden = scored(config, forward, params, micro, counted)
     policy = by_sequence(values * micro["weights"], micro)
     if objective.kind == "likelihood":
         loss = -jnp.sum(policy) / totals["tokens"]
@@ -123,7 +129,6 @@ def micro_loss(
         else:
             loss, metrics = _unpaired(objective, policy, ratios, micro, totals)
     if objective.observation_ce_weight:
-        seen = micro["parts"] == Part.OBSERVATION
         metrics["loss/observation_ce"] = -jnp.sum(values * seen) / totals["observations"]
         loss += objective.observation_ce_weight * metrics["loss/observation_ce"]
     return loss, metrics | {"loss": loss}

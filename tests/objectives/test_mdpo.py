@@ -156,3 +156,27 @@ def test_chunked_log_probs_equal_a_whole_softmax(chunk):
     whole = jax.grad(lambda h, t: jnp.sum(token_log_probs(h, t, targets, chunk=64)), (0, 1))
     for a, b in zip(jax.grad(total, (0, 1))(hidden, table), whole(hidden, table), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [4, 6, 64])
+def test_log_probs_that_do_not_count_are_zero_and_cost_no_head(chunk):
+    rng = np.random.default_rng(3)
+    hidden, table = rng.normal(size=(2, 9, 6)).astype("f"), rng.normal(size=(17, 6)).astype("f")
+    targets, counted = rng.integers(0, 17, (2, 9)), np.zeros((2, 9), bool)
+    counted[0, [3, 8]] = counted[1, 5] = True
+
+    def total(hidden, table, counted, weights):
+        values = token_log_probs(hidden, table, targets, chunk=chunk, counted=counted)
+        return jnp.sum(values * weights), values
+
+    run = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))
+    (_, some), gradients = run(hidden, table, counted, np.ones((2, 9), "f"))
+    (_, every), wanted = run(hidden, table, np.ones_like(counted), counted.astype("f"))
+    np.testing.assert_allclose(some, np.where(counted, every, 0), atol=1e-6)
+    for a, b in zip(gradients, wanted, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    # What is not computed hands nothing on, not even what is not a number.
+    if chunk < 64:
+        hidden[:, [6, 7]] = np.nan
+        _, (_, of_table) = run(hidden, table, counted, np.ones((2, 9), "f"))
+        np.testing.assert_array_equal(of_table, gradients[1])

@@ -1,0 +1,205 @@
+"""Packed causal attention that computes only the blocks in which some query sees some key.
+
+    row      | seq 1 seq 1 seq 1 seq 1 | seq 3 seq 3 |        of 10 blocks under the triangle
+    block 0  |x    |                                          6 hold a key that is seen
+    block 1  |x    |x    |
+    block 2  |     |     |x    |        block 2 begins in seq 3: its keys begin there
+    block 3  |     |     |x    |x    |
+
+Which blocks those are is data, so the loops over them have traced bounds: nothing compiles anew, and
+the gradient is written by hand (softmax over blocks as they come, Milakov & Gimelshein 2018; its
+gradient from the row's log-sum-exp, Dao et al. 2022).  In plain jax, for processors that run a loop's
+body as fast alone as in a batch; accelerators have kernels (kernels.py).
+
+Suffixes: B rows, T queries, S keys, H query heads, G key heads, M = H / G, K head_dim, N blocks of a
+row, C tokens of a block, R = M * C queries that share a key head.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from mdpo_jax.model.kernels import on_mesh
+
+BLOCK = 64  # as fast as 128 for long segments, faster for short ones
+_MASKED = -1e30  # finite, so that what no query sees gives 0 and not NaN
+_LEAST = 1e-30
+
+
+class _Scores(NamedTuple):
+    """What scores are made by: q . k * scale, capped, within a window of keys."""
+
+    scale: float
+    window: int | None
+    softcap: float | None
+
+
+class _Blocks(NamedTuple):
+    """Keys' side of a row: their segments and places."""
+
+    segments: Int[Array, "N C"]
+    places: Int[Array, "N C"]
+
+
+def skipping(
+    q_BTHK: Float[Array, "rows length heads head_dim"],
+    k_BSGK: Float[Array, "rows length kv_heads head_dim"],
+    v_BSGK: Float[Array, "rows length kv_heads head_dim"],
+    segments_BT: Int[Array, "rows length"],
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Float[Array, "rows length heads head_dim"]:
+    """Attention over packed rows, each segment in one piece; float32 scores, softmax and sums.
+
+    Blocks of padding (segment 0) alone give 0.
+    """
+    local = functools.partial(_rows, scores=_Scores(scale, window, softcap))
+    return on_mesh(local, q_BTHK, k_BSGK, v_BSGK, segments_BT)
+
+
+def _rows(q_BTHK, k_BSGK, v_BSGK, segments_BT, scores: _Scores) -> jax.Array:
+    length = segments_BT.shape[1]
+    q, k, v, segments = (
+        jnp.pad(x, ((0, 0), (0, -length % BLOCK), *[(0, 0)] * (x.ndim - 2)))
+        for x in (q_BTHK, k_BSGK, v_BSGK, segments_BT)
+    )
+    groups = k.shape[2]
+    q, k, v = _blocked(q, groups), _blocked(k, groups), _blocked(v, groups)
+    out = _attend(scores, q, k, v, segments.reshape(len(segments), -1, BLOCK))
+    return _unblocked(out, groups)[:, :length]
+
+
+def _blocked(x_BTHK: jax.Array, groups: int) -> jax.Array:
+    """[B N G R K]: the heads of a group beside each other, so that a block is one product."""
+    b, t, h, k = x_BTHK.shape
+    x = x_BTHK.reshape(b, t // BLOCK, BLOCK, groups, h // groups, k)
+    return x.transpose(0, 1, 3, 4, 2, 5).reshape(b, t // BLOCK, groups, -1, k)
+
+
+def _unblocked(x_BNGRK: jax.Array, groups: int) -> jax.Array:
+    b, n, g, r, k = x_BNGRK.shape
+    x = x_BNGRK.reshape(b, n, g, r // BLOCK, BLOCK, k)
+    return x.transpose(0, 1, 4, 2, 3, 5).reshape(b, n * BLOCK, -1, k)
+
+
+def _first(segments_NC: jax.Array, window: int | None) -> jax.Array:
+    """[N] the first block of keys that each block of queries sees; N for one of padding alone."""
+    count, size = segments_NC.shape
+    flat_T = segments_NC.reshape(-1)
+    places_T = jnp.arange(count * size)
+    begins_T = jnp.concatenate([jnp.ones(1, bool), flat_T[1:] != flat_T[:-1]])
+    start_T = jax.lax.cummax(jnp.where(begins_T, places_T, 0))
+    start_N = start_T[::size]
+    if window is not None:
+        start_N = jnp.maximum(start_N, places_T[::size] - window + 1)
+    return jnp.where(jnp.any(segments_NC > 0, axis=1), start_N // size, count)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(scores, q_BNGRK, k_BNGCK, v_BNGCK, segments_BNC):
+    return _forward(scores, q_BNGRK, k_BNGCK, v_BNGCK, segments_BNC)[0]
+
+
+def _forward(scores, q_BNGRK, k_BNGCK, v_BNGCK, segments_BNC):
+    """The output, and the log-sum-exp of each query's scores [B N G R]."""
+
+    def row(arrays):
+        q_NGRK, k_NGCK, v_NGCK, segments_NC = arrays
+
+        def queries(block):
+            i, first, q_GRK = block
+
+            def keys(j, carry):
+                top_GR, sum_GR, out_GRK = carry
+                scores_GRC, _ = _scores(scores, q_GRK, k_NGCK[j], segments_NC, i, j)
+                new_GR = jnp.maximum(top_GR, jnp.max(scores_GRC, axis=-1))
+                weights_GRC = jnp.exp(scores_GRC - new_GR[..., None])
+                faded_GR = jnp.exp(top_GR - new_GR)
+                more_GRK = _product("grc,gck->grk", weights_GRC.astype(v_NGCK.dtype), v_NGCK[j])
+                sum_GR = sum_GR * faded_GR + jnp.sum(weights_GRC, axis=-1)
+                return new_GR, sum_GR, out_GRK * faded_GR[..., None] + more_GRK
+
+            nothing = jnp.zeros(q_GRK.shape[:2], jnp.float32)
+            start = nothing + _MASKED, nothing, jnp.zeros(q_GRK.shape, jnp.float32)
+            top_GR, sum_GR, out_GRK = jax.lax.fori_loop(first, i + 1, keys, start)
+            sum_GR = jnp.maximum(sum_GR, _LEAST)
+            return (out_GRK / sum_GR[..., None]).astype(q_GRK.dtype), top_GR + jnp.log(sum_GR)
+
+        first_N = _first(segments_NC, scores.window)
+        return jax.lax.map(queries, (jnp.arange(len(q_NGRK)), first_N, q_NGRK))
+
+    return jax.lax.map(row, (q_BNGRK, k_BNGCK, v_BNGCK, segments_BNC))
+
+
+def _forward_kept(scores, *arrays):
+    out, total = _forward(scores, *arrays)
+    return out, (*arrays, out, total)
+
+
+def _backward(scores, kept, given_BNGRK):
+    q, k, v, segments, out, total = kept
+
+    def row(arrays):
+        q_NGRK, k_NGCK, v_NGCK, segments_NC, total_NGR, delta_NGR, given_NGRK = arrays
+
+        def queries(carry, block):
+            i, first, q_GRK, total_GR, delta_GR, given_GRK = block
+
+            def keys(j, sums):
+                dq_GRK, dk_NGCK, dv_NGCK = sums
+                scores_GRC, slope = _scores(scores, q_GRK, k_NGCK[j], segments_NC, i, j)
+                weights_GRC = jnp.exp(scores_GRC - total_GR[..., None])
+                given_GRC = _product("grk,gck->grc", given_GRK, v_NGCK[j])
+                ds_GRC = weights_GRC * (given_GRC - delta_GR[..., None]) * slope
+                ds_GRC = ds_GRC.astype(q_GRK.dtype)
+                dv_GCK = _product("grc,grk->gck", weights_GRC.astype(q_GRK.dtype), given_GRK)
+                dk_GCK = _product("grc,grk->gck", ds_GRC, q_GRK)
+                dq_GRK += _product("grc,gck->grk", ds_GRC, k_NGCK[j])
+                return dq_GRK, dk_NGCK.at[j].add(dk_GCK), dv_NGCK.at[j].add(dv_GCK)
+
+            nothing = jnp.zeros(q_GRK.shape, jnp.float32)
+            dq_GRK, *carry = jax.lax.fori_loop(first, i + 1, keys, (nothing, *carry))
+            return tuple(carry), dq_GRK
+
+        blocks = (
+            jnp.arange(len(q_NGRK)), _first(segments_NC, scores.window), q_NGRK, total_NGR,
+            delta_NGR, given_NGRK,
+        )  # fmt: skip
+        nothing = jnp.zeros(k_NGCK.shape, jnp.float32)
+        (dk_NGCK, dv_NGCK), dq_NGRK = jax.lax.scan(queries, (nothing, nothing), blocks)
+        return dq_NGRK * scores.scale, dk_NGCK * scores.scale, dv_NGCK
+
+    delta = jnp.sum(out.astype(jnp.float32) * given_BNGRK.astype(jnp.float32), axis=-1)
+    dq, dk, dv = jax.lax.map(row, (q, k, v, segments, total, delta, given_BNGRK))
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+_attend.defvjp(_forward_kept, _backward)
+
+
+def _scores(scores: _Scores, q_GRK, k_GCK, segments_NC, i, j) -> tuple[jax.Array, Any]:
+    """Scores of query block i and key block j, masked; and what their gradient is multiplied by."""
+    s_GRC = _product("grk,gck->grc", q_GRK, k_GCK) * scores.scale
+    slope: Any = 1.0
+    if scores.softcap is not None:
+        capped = jnp.tanh(s_GRC / scores.softcap)
+        s_GRC, slope = scores.softcap * capped, 1 - capped * capped
+    size = segments_NC.shape[1]
+    queries, keys = i * size + jnp.arange(size), j * size + jnp.arange(size)
+    mask_CC = segments_NC[i][:, None] == segments_NC[j][None]
+    mask_CC &= queries[:, None] >= keys[None]
+    if scores.window is not None:
+        mask_CC &= queries[:, None] - keys[None] < scores.window
+    mask_RC = jnp.tile(mask_CC, (q_GRK.shape[1] // size, 1))
+    return jnp.where(mask_RC, s_GRC, _MASKED), slope
+
+
+def _product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)

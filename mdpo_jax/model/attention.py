@@ -30,8 +30,8 @@ def attend(
 ) -> Float[Array, "rows length heads head_dim"]:
     """Each token attends to those of its segment at or before its place in the row.
 
-    softcap: cap * tanh(score / cap), before the mask.  Padding (segment 0) attends to padding:
-    garbage that nothing reads, but finite.  backend: `auto` takes what kernels.py has for the
+    softcap: cap * tanh(score / cap), before the mask.  Padding (segment 0) attends to padding, or
+    gives 0: garbage that nothing reads, but finite.  backend: `auto` takes what kernels.py has for the
     platform.  Raises ValueError for a backend that is not known or cannot compute this.
     """
     if backend == "auto":

@@ -46,7 +46,7 @@ def choose(
     length: int,
     dtype: Any,
 ) -> str:
-    """The backend for a layer: "reference", or a name in `KERNELS` that supports the combination.
+    """The backend for a layer: "reference", "skipping", or one of `KERNELS` that supports it.
 
     platform: of the devices, as `jax.default_backend()` names it.
 
@@ -83,7 +83,7 @@ def splash(
     as plain jax, on any platform and slowly; for tests.
     Raises ValueError for a dtype other than bfloat16 and float32.
     """
-    _check("splash", q_BTHK, k_BSGK, window)
+    check("splash", q_BTHK, k_BSGK, window)
     if q_BTHK.dtype not in SPLASH_DTYPES:
         raise _refused("splash", "dtype", q_BTHK.dtype, "bfloat16 or float32")
     local = functools.partial(
@@ -107,7 +107,7 @@ def cudnn(
     Raises ValueError for a soft-cap, a dtype other than bfloat16 and float16, and a head_dim that
     is not a multiple of 8 or is over 256 (jax itself refuses over 128 before Hopper).
     """
-    _check("cudnn", q_BTHK, k_BSGK, window)
+    check("cudnn", q_BTHK, k_BSGK, window)
     if softcap is not None:
         raise _refused("cudnn", "softcap", softcap, "None: cuDNN cannot cap scores; use reference")
     if q_BTHK.dtype not in HALVES:
@@ -135,7 +135,7 @@ def pallas_triton(
     interpret: run the kernel as plain jax, on any platform and slowly; for tests.
     Raises ValueError for a soft-cap, a window shorter than the row, or a head_dim over 256.
     """
-    _check("pallas_triton", q_BTHK, k_BSGK, window)
+    check("pallas_triton", q_BTHK, k_BSGK, window)
     length, head_dim = q_BTHK.shape[1], q_BTHK.shape[-1]
     if softcap is not None:
         raise _refused("pallas_triton", "softcap", softcap, "None: the kernel cannot cap scores")
@@ -304,7 +304,8 @@ def _cudnn_head_dim() -> int:
     return 256 if float(capability) >= 9 else 128
 
 
-def _check(backend: str, q_BTHK, k_BSGK, window: int | None) -> None:
+def check(backend: str, q_BTHK, k_BSGK, window: int | None) -> None:
+    """Raises ValueError for key heads that do not divide the heads, or a window below 1."""
     heads, kv_heads = q_BTHK.shape[2], k_BSGK.shape[2]
     if heads % kv_heads:
         raise _refused(backend, "kv_heads", kv_heads, f"a divisor of the {heads} heads")

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mdpo_jax.model.kernels import on_mesh
+from mdpo_jax.model.kernels import check, on_mesh
 
 BLOCK = 64  # as fast as 128 for long segments, faster for short ones
 _MASKED = -1e30  # finite, so that what no query sees gives 0 and not NaN
@@ -39,13 +39,6 @@ class _Scores(NamedTuple):
     softcap: float | None
 
 
-class _Blocks(NamedTuple):
-    """Keys' side of a row: their segments and places."""
-
-    segments: Int[Array, "N C"]
-    places: Int[Array, "N C"]
-
-
 def skipping(
     q_BTHK: Float[Array, "rows length heads head_dim"],
     k_BSGK: Float[Array, "rows length kv_heads head_dim"],
@@ -58,8 +51,9 @@ def skipping(
 ) -> Float[Array, "rows length heads head_dim"]:
     """Attention over packed rows, each segment in one piece; float32 scores, softmax and sums.
 
-    Blocks of padding (segment 0) alone give 0.
+    Blocks of padding (segment 0) alone give 0.  Raises ValueError for a window below 1.
     """
+    check("skipping", q_BTHK, k_BSGK, window)
     local = functools.partial(_rows, scores=_Scores(scale, window, softcap))
     return on_mesh(local, q_BTHK, k_BSGK, v_BSGK, segments_BT)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -32,13 +34,13 @@ def token_log_probs(
             hidden[None], table, targets[None], chunk=chunk, softcap=softcap, counted=one
         )[0]
     rows, tokens = targets.shape
+    wide = min(tokens, max(1, chunk // rows))
+    pieces = -(-tokens // wide)
     order = None
-    if counted is not None:
+    if counted is not None and pieces > 1:
         order = jnp.argsort(~counted, axis=1, stable=True)
         hidden = jnp.take_along_axis(hidden, order[..., None], axis=1)
         targets, counted = (jnp.take_along_axis(x, order, axis=1) for x in (targets, counted))
-    wide = min(tokens, max(1, chunk // rows))
-    pieces = -(-tokens // wide)
 
     def cut(x: Array) -> Array:
         """[pieces, rows, wide, ...]"""
@@ -55,16 +57,20 @@ def token_log_probs(
         chosen = jnp.take_along_axis(logits_RCV, targets_RC[..., None], axis=-1)[..., 0]
         return chosen - jax.nn.logsumexp(logits_RCV, axis=-1)
 
-    score = jax.checkpoint(score) if pieces > 1 else score
-    if counted is None:
-        values = jax.lax.map(lambda piece: score(*piece), (cut(hidden), cut(targets)))
+    def score_some(hidden_RCD: Array, targets_RC: Array, counted_RC: Array) -> Array:
+        nothing = functools.partial(jnp.zeros_like, targets_RC, dtype=jnp.float32)
+        return jax.lax.cond(jnp.any(counted_RC), lambda: score(hidden_RCD, targets_RC), nothing)
+
+    if pieces == 1:
+        values = score(hidden, targets)
+        return values if counted is None else jnp.where(counted, values, 0)
+    # The cond is inside of what is computed again: outside, its branch would keep the table for the
+    # backward pass, a copy of it for each chunk.
+    if order is None:
+        parts, one = (cut(hidden), cut(targets)), jax.checkpoint(score)
     else:
-        values = jax.lax.map(
-            lambda piece: jax.lax.cond(
-                jnp.any(piece[2]), score, lambda _, ids: jnp.zeros(ids.shape), *piece[:2]
-            ),
-            (cut(hidden), cut(targets), cut(counted)),
-        )
+        parts, one = (cut(hidden), cut(targets), cut(counted)), jax.checkpoint(score_some)
+    values = jax.lax.map(lambda piece: one(*piece), parts)
     values = values.swapaxes(0, 1).reshape(rows, -1)[:, :tokens]
     if order is None:
         return values

@@ -117,7 +117,7 @@ def _purses(
 ) -> dict[str, Purse]:  # fmt: skip
     """What the policies up to `place` may spend together, less what those before it have spent."""
     upto = order[place].upto
-    tokens = config.explore.budget_tokens * upto // order[-1].upto
+    tokens = -(-config.explore.budget_tokens * upto // order[-1].upto)
     purses = {p.id: Purse(tokens, upto) for p in problems}
     for row in itertools.chain.from_iterable(map(store.read_lines, earlier)):
         trajectory = store.trajectory_from(row)

@@ -52,11 +52,16 @@ class Limits:
 
 
 class Prefix(NamedTuple):
-    """A state to go on from: ids and roles up to an observation, and the texts of its actions."""
+    """A state to go on from: ids and roles up to an observation, and the texts of its actions.
+
+    session: key of the tool's session that the actions ran in, whose randomness goes on; None for
+    one of the request's own.
+    """
 
     ids: tuple[int, ...]
     roles: tuple[int, ...]
     actions: tuple[str, ...]
+    session: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,7 +210,8 @@ class Engine:
         known: dict[Any, tuple[list[int], list[int]]] = {}
         starts, kinds = [], []
         for request in requests:
-            name = request.problem.id, request.problem.question, request.prefix
+            state = None if request.prefix is None else request.prefix[:2]
+            name = request.problem.id, request.problem.question, state
             if name not in known:
                 known[name] = self._start(request)
             starts.append(known[name])
@@ -232,7 +238,8 @@ class Engine:
         ids, roles = start
         slot = _Slot(request, place, None, [*ids], [*roles], [0.0] * len(ids), len(ids))
         if self._tool is not None:
-            session = self._tool.start(request.key)
+            of = None if request.prefix is None else request.prefix.session
+            session = self._tool.start(of or request.key)
             if request.prefix is not None:
                 session = Replayed(session, request.prefix.actions)
                 slot.turns = len(request.prefix.actions)

@@ -46,7 +46,7 @@ class Purse:
         One after the other would give the same, one at a time.
         """
         if self.tokens:
-            return max(0, -(-int(share * self.tokens - self.spent) // most))
+            return max(0, -(-(max(1, round(share * self.tokens)) - self.spent) // most))
         return max(0, round(share * self.trajectories) - self.count)
 
     def pay(self, trajectory: Trajectory) -> None:
@@ -96,7 +96,7 @@ class Branching:
     """A share `base` from the prompt; then once from each of their states, in an order of the seed's,
     and again from the first.
 
-    Equal states are one.  Where no base trajectory called the tool, all begin at the prompt.
+    Equal states are one.  Until a trajectory calls the tool, all begin at the prompt.
     """
 
     def __init__(self, base: float, temperature: float, room: int, seed: str):
@@ -112,7 +112,7 @@ class Branching:
         if len(self._order) != len(self._states):
             found = list(self._states.values())
             random = np.random.default_rng(_integer(self._seed))
-            self._order = [found[i] for i in random.permutation(len(found))]
+            self._order, self._next = [found[i] for i in random.permutation(len(found))], 0
         order, count = self._order or [(None, 0)], purse.due(most)
         self._next += count
         places = range(self._next - count, self._next)
@@ -170,13 +170,16 @@ def states(trajectory: Trajectory, room: int) -> Iterator[tuple[int, np.ndarray]
             yield turns, trajectory.ids[: span.start]
 
 
-def prefix(trajectory: Trajectory, turns: int, decode: Decode) -> Prefix:
-    """The state after a trajectory's first `turns` turns; the tool gets there by running them again."""
+def prefix(trajectory: Trajectory, turns: int, decode: Decode, session: str) -> Prefix:
+    """The state after a trajectory's first `turns` turns; the tool gets there by running them again.
+
+    session: of the tool, under whose key it says again what it said.
+    """
     spans = trajectory.actions
     start = spans[turns].start
     texts = tuple(decode(trajectory.ids[span].tolist()) for span in spans[:turns])
     ids, roles = trajectory.ids[:start].tolist(), trajectory.roles[:start].tolist()
-    return Prefix(tuple(ids), tuple(roles), texts)
+    return Prefix(tuple(ids), tuple(roles), texts, session)
 
 
 def grafted(trajectory: Trajectory, start: Start) -> Trajectory:
@@ -203,6 +206,7 @@ def explore(
     that a trajectory can cost.  sampling: its temperature gives way to the strategy's.
     """
     found: dict[str, list[Trajectory]] = {p.id: [] for p in problems}
+    roots: dict[tuple[str, int], int] = {}  # the sample from the prompt that each goes back to
     while wave := [
         (p, purses[p.id].count + i, start)
         for p in problems
@@ -211,7 +215,7 @@ def explore(
         by_place: dict[int, Trajectory] = {}
         for temperature in sorted({start.temperature for _, _, start in wave}):
             places = [i for i, (_, _, s) in enumerate(wave) if s.temperature == temperature]
-            requests = [_request(*wave[i], stream, decode) for i in places]
+            requests = [_request(*wave[i], stream, decode, roots) for i in places]
             now = sampling._replace(temperature=temperature)
             done = engine.run(requests, policy=policy, sampling=now, advance=advance)
             by_place |= zip(places, done, strict=True)
@@ -223,9 +227,16 @@ def explore(
     return [trajectory for problem in problems for trajectory in found[problem.id]]
 
 
-def _request(problem: Problem, sample: int, start: Start, stream: str, decode: Decode) -> Request:
-    state = None if start.parent is None else prefix(start.parent, start.turns, decode)
-    return Request(problem, sample, stream, state)
+def _request(
+    problem: Problem, sample: int, start: Start, stream: str, decode: Decode,
+    roots: dict[tuple[str, int], int],
+) -> Request:  # fmt: skip
+    if start.parent is None:
+        roots[problem.id, sample] = sample
+        return Request(problem, sample, stream)
+    root = roots[problem.id, sample] = roots[problem.id, start.parent.sample]
+    session = Request(problem, root, stream).key
+    return Request(problem, sample, stream, prefix(start.parent, start.turns, decode, session))
 
 
 def _integer(text: str) -> int:

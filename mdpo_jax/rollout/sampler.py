@@ -33,7 +33,7 @@ _OVERHEAD_ELSEWHERE = 256
 # Shares of the slots that a block of decoding can be for, of _FEWEST rows or more.  A step's time
 # follows its rows on a CPU; on an accelerator, and below so many rows, it is that of reading the
 # weights, and each share is a program more to compile for every reach.
-_SHARES = {"cpu": (0.25, 0.5, 0.75)}
+_SHARES = {"cpu": (0.25, 0.5)}
 _FEWEST = 8
 
 _Seed = tuple[int, int]
@@ -89,7 +89,7 @@ class Sampler:
         self._make_programs()
         self.tokens_prefilled = self.tokens_copied = self.tokens_decoded = 0
         self._warm: set[tuple[str, int, int]] = set()
-        self._expected = 0
+        self._expected = self._late = 0
 
     def _make_programs(self) -> None:
         placement, part, model = self._placement, self._part, (self.config, self._dtype)
@@ -211,7 +211,7 @@ class Sampler:
         held[:, : len(pairs)], words[:, : len(pairs)] = lengths, seeds
         self.tokens_copied += sum(lengths)
         arrays = *places.reshape(2, -1), held.reshape(-1), words.reshape(-1, 2)
-        return self._copy(s.width(max(lengths)), state, *arrays)
+        return self._copy(self.shapes.copied(max(lengths)), state, *arrays)
 
     def decode(
         self, state: DecodeState, lengths: np.ndarray, limits: np.ndarray, sampling: Sampling
@@ -259,9 +259,11 @@ class Sampler:
 
         Every row of these calls is padding, so the slots keep what they hold.
         """
+        self._late += self._decoding() - self._expected
         s, ways = self.shapes, self._placement.ways
         for name, most in (("prefill", longest), ("copy", longest), ("extend", observation)):
-            widths = [b for b in s.width_buckets if b <= s.width(most)]
+            bucket = s.copied if name == "copy" else s.width
+            widths = sorted({bucket(b) for b in s.width_buckets if b <= bucket(most)})
             buckets = (s if name == "copy" else self._part).row_buckets
             for rows, width in ((r, w) for r in buckets for w in widths):
                 if (name, rows, width) not in self._warm:
@@ -274,7 +276,7 @@ class Sampler:
                 where = None if rows == self._part.slots else none + self._part.slots
                 job = where, none, _traced(GREEDY)
                 state, *_ = self._decode(reach, self._params, state, *job)
-        self._expected = self.compilations()
+        self._expected = self._decoding()
         return state
 
     def _nothing(self, name: str, state: DecodeState, rows: int, width: int) -> DecodeState:
@@ -288,13 +290,19 @@ class Sampler:
         return call(self._params, state, tokens, nowhere, none, none, words)
 
     def late_compilations(self) -> int:
-        """How many programs were compiled after the last warm-up: 0, or a shape was missed."""
-        return self.compilations() - self._expected
+        """How many programs were compiled outside of warm-ups: 0, or a shape was missed."""
+        return self._late + self._decoding() - self._expected
 
     def compilations(self) -> int:
         """How many programs this sampler has compiled."""
-        programs = (self._prefill, self._extend, self._copy, self._decode, self._unstack)
-        return sum(f._cache_size() for f in programs)  # pyright: ignore[reportAttributeAccessIssue]
+        return self._decoding() + _count(self._unstack)
+
+    def _decoding(self) -> int:
+        return sum(map(_count, (self._prefill, self._extend, self._copy, self._decode)))
+
+
+def _count(program: Any) -> int:
+    return program._cache_size()
 
 
 def _traced(sampling: Sampling) -> Any:

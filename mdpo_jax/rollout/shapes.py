@@ -45,6 +45,10 @@ class Shapes:
         """The bucket of `longest` new tokens."""
         return _bucket(self.width_buckets, longest)
 
+    def copied(self, longest: int) -> int:
+        """The bucket of `longest` tokens to copy: powers of two, for padding costs little there."""
+        return _bucket((*(b for b in self.width_buckets if not b & (b - 1)), self.context), longest)
+
     def rows(self, count: int) -> int:
         """The bucket of so many rows."""
         return _bucket(self.row_buckets, count)

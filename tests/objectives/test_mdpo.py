@@ -158,6 +158,24 @@ def test_chunked_log_probs_equal_a_whole_softmax(chunk):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+def test_no_chunk_keeps_a_table_for_the_backward_pass():
+    vocab, width, tokens = 2048, 16, 512
+    shapes = [(2, tokens, width), (vocab, width)]
+    hidden, table = (jnp.zeros(shape) for shape in shapes)
+    ids = jnp.zeros((2, tokens), jnp.int32)
+
+    def temporary(chunk):
+        def total(hidden, table, counted):
+            return jnp.sum(token_log_probs(hidden, table, ids, chunk=chunk, counted=counted))
+
+        program = jax.jit(jax.grad(total, (0, 1))).lower(hidden, table, ids > 0).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    assert (
+        temporary(32) - temporary(128) < 4 * table.nbytes
+    )  # and not 24, for 32 chunks in place of 8
+
+
 @pytest.mark.parametrize("chunk", [4, 6, 64])
 def test_log_probs_that_do_not_count_are_zero_and_cost_no_head(chunk):
     rng = np.random.default_rng(3)

@@ -93,7 +93,7 @@ def test_trajectories_equal_full_recomputation(family, monkeypatch):
         return jax.nn.log_softmax(transformer.logits(config, params, hidden)[0])
 
     requests = [Request(p, s, "0/exact") for p in PROBLEMS for s in range(2)]
-    monkeypatch.setattr("mdpo_jax.rollout.sampler._FEWEST", 1)  # decode 1, 2 and 3 rows of 3
+    monkeypatch.setattr("mdpo_jax.rollout.sampler._FEWEST", 1)  # decode a part of the rows
     # Only what is used is compiled, and once for both runs.
     monkeypatch.setattr(Sampler, "warm_up", lambda self, state, *_: state)
     context, slots = LIMITS.context, SLOTS[family]

@@ -9,11 +9,15 @@ With one process everything here does nothing, or what its argument says.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Any, NoReturn, TypeVar
 
 import jax
@@ -37,11 +41,11 @@ def connect(count: int) -> None:
     """
     if count == 1:
         return
+    names = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
+    given: dict[str, Any] = {k: _number(name) for k, name in names.items() if name in os.environ}
+    # Nothing is lost yet, and jax waits where no handler of Python's would run.
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
-        names = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
-        given: dict[str, Any] = {
-            k: int(os.environ[name]) for k, name in names.items() if name in os.environ
-        }
         jax.distributed.initialize(**given)
     except (ValueError, RuntimeError) as error:
         raise ConfigError(
@@ -49,11 +53,20 @@ def connect(count: int) -> None:
             "Open MPI or Kubernetes, or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and "
             "JAX_PROCESS_ID in the environment, or 1"
         ) from None
+    finally:
+        signal.signal(signal.SIGINT, before)
     if count and count != jax.process_count():
         raise ConfigError(
             f"config.mesh.hosts={count}: there are {jax.process_count()} processes; expected as "
             "many, or 0"
         )
+
+
+def _number(name: str) -> int:
+    try:
+        return int(os.environ[name])
+    except ValueError:
+        raise ConfigError(f"{name}={os.environ[name]}; expected a whole number") from None
 
 
 def several() -> bool:
@@ -72,16 +85,31 @@ def mine(things: Sequence[T]) -> Sequence[T]:
 
 
 def wait() -> None:
-    """Until every process is here.  Raises HostsGone if one has ended."""
+    """Until every process is here; Ctrl-C ends it.  Raises HostsGone if one has ended."""
     if not several():
-        return
+        return None
     from orbax.checkpoint import multihost  # a second to import, and few need it
 
-    try:
-        meet = multihost.get_barrier_sync_fn()
-        meet(key=f"mdpo_jax {next(_waits)}", timeout_ms=_LONGEST_WAIT)
-    except jax.errors.JaxRuntimeError as error:
-        raise HostsGone(f"another process is gone ({str(error).splitlines()[0]})") from None
+    meet = functools.partial(
+        multihost.get_barrier_sync_fn(), key=f"mdpo_jax {next(_waits)}", timeout_ms=_LONGEST_WAIT
+    )
+    came: Future[None] = Future()
+
+    def go() -> None:
+        try:
+            came.set_result(meet())
+        except BaseException as error:
+            came.set_exception(error)
+
+    # In a thread, for no signal is handled while a barrier blocks the main one.
+    threading.Thread(target=go, daemon=True).start()
+    while True:
+        try:
+            return came.result(timeout=1)
+        except TimeoutError:
+            continue
+        except jax.errors.JaxRuntimeError as error:
+            raise HostsGone(f"another process is gone ({str(error).splitlines()[0]})") from None
 
 
 def everyone(value: Any) -> list[Any]:

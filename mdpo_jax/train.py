@@ -6,21 +6,37 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Sequence
 
 from mdpo_jax.config import Config
-from mdpo_jax.doors import EXIT_OK, interrupts_held, run_door
+from mdpo_jax.doors import EXIT_FAILED, EXIT_OK, interrupts_held, run_door
 from mdpo_jax.smoke import NOTE, is_smoke
 
 
 def main(arguments: Sequence[str]) -> int:
     """Parse, run, print; 0 done, 2 wrong input, 75 interrupted and resumable."""
-    code = run_door(arguments, __doc__ or "", _train)
-    if code == EXIT_OK or "jax" not in sys.modules:
+    try:
+        code = run_door(arguments, __doc__ or "", _train)
+    except Exception:
+        if not _several():
+            raise
+        traceback.print_exc()
+        code = EXIT_FAILED
+    if code == EXIT_OK or not _several():
         return code
     from mdpo_jax import hosts
 
     return hosts.leave(code)
+
+
+def _several() -> bool:
+    """Whether other processes wait for this one; nobody does before jax is there."""
+    if "jax" not in sys.modules:
+        return False
+    from mdpo_jax import hosts
+
+    return hosts.several()
 
 
 def _train(config: Config) -> None:
@@ -28,8 +44,8 @@ def _train(config: Config) -> None:
         from rich.console import Console
 
         from mdpo_jax import hosts
-
-        hosts.connect(config.mesh.hosts)  # before anything below looks for devices
+    hosts.connect(config.mesh.hosts)  # before anything below looks for devices
+    with interrupts_held():
         from mdpo_jax.pipeline import exporting, loop, summary
         from mdpo_jax.reporting.console import results_table
 

@@ -18,12 +18,15 @@ import os
 import platform
 import resource
 import time
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from bench_pairs import BenchPair, Lap, figures, make_pairs, rounded
+
+from mdpo_jax.learning import OptimiserName
 
 SIZES = {
     "nano": (512, 128, 512, 4, 4, 1, 32),
@@ -46,7 +49,8 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--remat", choices=["none", "full", "dots"], default="none")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
-    parser.add_argument("--optimiser", default="adamw")
+    names = typing.get_args(OptimiserName)
+    parser.add_argument("--optimiser", choices=names, default="adamw")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(given)
     for name in ("pairs", "steps", "warmup"):

@@ -12,6 +12,7 @@ medians over the seeds, with the least and the most.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import shutil
 import typing
@@ -42,13 +43,15 @@ def run_all(options: argparse.Namespace, common: list[str]) -> dict[str, list[Pa
     """Run directories of the warm-up and of each strategy, one a seed."""
     found: dict[str, list[Path]] = {"SFT": []}
     common = [*common, "--config.iterations=1"]
+    # What was run with other flags lies elsewhere.
+    out = options.out / hashlib.sha256(" ".join(sorted(common)).encode()).hexdigest()[:8]
     for seed in options.seeds:
-        warm, seeded = options.out / f"sft-{seed}", [*common, f"--config.seed={seed}"]
+        warm, seeded = out / f"sft-{seed}", [*common, f"--config.seed={seed}"]
         # `checkpoints` lets the warm-up keep what that strategy needs; the others do not look at it.
         _run([*seeded, "--config.method=sft", "--config.explore.strategy=checkpoints"], warm)
         found["SFT"].append(warm)
         for name in options.strategies:
-            folder = options.out / f"{name}-{options.budget_tokens}-{seed}"
+            folder = out / f"{name}-{options.budget_tokens}-{seed}"
             if not folder.exists():
                 partial = folder.with_name(folder.name + ".partial")
                 shutil.rmtree(partial, ignore_errors=True)

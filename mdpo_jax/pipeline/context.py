@@ -158,17 +158,23 @@ class Context:
         return grader
 
     @functools.cached_property
+    def placement(self) -> Placement:
+        """Where slots are decoded.  Raises ValueError for a layout that cannot be."""
+        r = self.config.rollout
+        if r.backend == "http" and hosts.several():
+            raise ConfigError(
+                f"config.rollout.backend=http: {jax.process_count()} processes would each load "
+                "the servers; expected config.mesh.hosts=1, or rollout.backend=local"
+            )
+        return Placement(decode_mesh(self.mesh, r.tensor))
+
+    @functools.cached_property
     def sampler(self) -> Sampler | RemoteSampler:
         """One sampler for all policies of the run: it compiles once, or has its servers."""
         r = self.config.rollout
         if r.backend == "http":
-            if hosts.several():
-                raise ConfigError(
-                    f"config.rollout.backend=http: {jax.process_count()} processes would each load "
-                    "the servers; expected config.mesh.hosts=1, or rollout.backend=local"
-                )
             return RemoteSampler(r, self.chat, self.policy, self.directory / "served")
-        layout, fine = Placement(decode_mesh(self.mesh, r.tensor)), jax.default_backend() == "cpu"
+        layout, fine = self.placement, jax.default_backend() == "cpu"
         slots = -(-r.slots // layout.ways) * layout.ways
         shapes = Shapes.make(slots, r.context, r.block, fine=fine)
         return Sampler(self.shape, shapes, self.chat.stop_ids, r.decode_dtype, layout)

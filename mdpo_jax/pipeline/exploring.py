@@ -167,7 +167,7 @@ def summary(config: Config, folder: Path, prefilled: int) -> dict[str, Any]:
     """Figures of a rollout's files.
 
     tokens_sampled: of actions, those that were taken over left out.  tokens_prefilled: read by the
-    model, in this process (a resumed rollout tells of its last part).
+    model, in the processes that ended the rollout (a resumed one tells of its last part).
     coverage: share of problems with a right and a wrong trajectory.
     distinct: share of trajectories that are no copy of an earlier one of their problem.
     answers: mean number of different final answers of a problem.  distance: mean edit distance

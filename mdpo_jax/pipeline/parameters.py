@@ -98,8 +98,10 @@ class Adapters(Parameters):
         return checkpoint.load_params(path, self._new), self.base
 
     def save(self, path: Path, params: Any, base: Any) -> None:
-        if base is not None and hosts.first():
-            write_json(_note(path), {"base": self.fingerprint, "source": self.source})
+        if base is not None:
+            note = {"base": self.fingerprint, "source": self.source}  # computed by all processes
+            if hosts.first():
+                write_json(_note(path), note)
         checkpoint.save_params(path, params)
 
     @functools.cached_property

@@ -37,16 +37,17 @@ def decode_mesh(mesh: Mesh | None, tensor: int = 0) -> Mesh | None:
     tensor: 0 takes the training mesh's, cut to what divides the devices.  Raises ValueError for one
     that does not divide them.
     """
-    if mesh is None:
-        return None
-    own = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
+    every = jax.local_devices()[:1] if mesh is None else mesh.devices.flat
+    own = [d for d in every if d.process_index == jax.process_index()]
     if not tensor:
-        tensor = math.gcd(mesh.shape["tensor"], len(own))
+        tensor = 1 if mesh is None else math.gcd(mesh.shape["tensor"], len(own))
     if len(own) % tensor:
         raise ValueError(
-            f"rollout.tensor: {tensor} does not divide the {len(own)} devices of a process; "
-            "expected a divisor, or 0"
+            f"config.rollout.tensor={tensor}: does not divide the {len(own)} devices that a process "
+            "decodes on; expected a divisor, or 0"
         )
+    if mesh is None:
+        return None
     return _mesh(own, (len(own) // tensor, 1, tensor), MESH_AXES)
 
 

@@ -173,9 +173,10 @@ def state_shardings(params: Any, shardings: Any, optimiser: Optimiser) -> TrainS
         def of_moment(moment: Any, param: Any, sharding: Any) -> Any:
             if moment.shape == param.shape or not _named(sharding):
                 return sharding
-            if averaged is None or moment.ndim + 1 != param.ndim:
+            shared = averaged is not None and param.ndim > 1
+            axis = int(np.argsort(param.shape)[averaged]) if shared else None
+            if axis is None or moment.shape != tuple(np.delete(param.shape, axis)):
                 return everywhere  # one number in the place of what is kept otherwise
-            axis = int(np.argsort(param.shape)[averaged])
             names = [*sharding.spec, *[None] * (param.ndim - len(sharding.spec))]
             del names[axis]
             while names and names[-1] is None:  # as the compiler writes it

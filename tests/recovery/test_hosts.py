@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from support import SMALL_RUN
 
+from mdpo_jax import hosts
+from mdpo_jax.checks import ConfigError
 from mdpo_jax.data import store
 
 SMALL = [flag for flag in SMALL_RUN if "fsdp" not in flag]
@@ -109,3 +111,24 @@ def test_a_whole_run_is_that_of_one_process(tmp_path, environment):
     assert codes == [2, 2], (errors[0][-2000:], errors[1][-2000:])
     assert "seed: 0 -> 7" in errors[0]
     assert "the first process: " in errors[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--config.lora.rank=4", "--config.explore.strategy=mcts"],
+        ["--config.term_c.kind=value", "--config.explore.strategy=checkpoints"],
+        ["--config.term_c.kind=monte_carlo", "--config.train.optimiser=lion"],
+    ],
+)
+def test_whatever_is_trained_two_processes_end_together(tmp_path, environment, flags):
+    flags = [*SMALL, f"--config.workdir={tmp_path / 'run'}", "--config.iterations=1", *flags]
+    codes, errors = _together("loop.py", flags, environment)
+    assert codes == [0, 0], (errors[0][-2000:], errors[1][-2000:])
+
+
+def test_a_number_that_is_none_is_refused_by_name(monkeypatch):
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
+    with pytest.raises(ConfigError, match="JAX_NUM_PROCESSES=two; expected a whole number"):
+        hosts.connect(2)

@@ -29,10 +29,11 @@ class Counted:
     """A tool that answers with the length of the action and keeps what each session ran."""
 
     def __init__(self):
-        self.sessions = {}
+        self.sessions = {}  # what was run in each session of a key
 
     def start(self, key):
-        return Session(self.sessions.setdefault(key, []))
+        self.sessions.setdefault(key, []).append([])
+        return Session(self.sessions[key][-1])
 
     def close(self):
         pass
@@ -220,11 +221,21 @@ def test_branches_begin_at_the_prompt_where_no_turn_asked_for_the_tool(monkeypat
 
 def test_the_tool_runs_a_states_actions_once_and_only_if_it_is_asked_again():
     tool = Counted()
-    for t in explored("mcts", tool=tool):
-        ran = tool.sessions[f"0/test/{t.key}"]
+    found = {t.key: t for t in explored("mcts", tool=tool)}
+    wanted = {}
+    for t in found.values():
+        root = t
+        while root.parent is not None:
+            root = found[f"{t.problem_id}#{root.parent}"]
         texts = [chat().decode(t.ids[span]) for span in t.actions]
         # The last turn runs nothing; a continuation that asks for nothing more replays nothing.
-        assert ran == (texts[:-1] if t.turns - 1 > t.branch else [])
+        ran = texts[:-1] if t.turns - 1 > t.branch else []
+        # In a session of the root's key: a random tool says again what it said.
+        wanted.setdefault(f"0/test/{root.key}", []).append(ran)
+    assert max(map(len, wanted.values())) > 1
+    assert {key: sorted(ran) for key, ran in tool.sessions.items()} == {
+        key: sorted(ran) for key, ran in wanted.items()
+    }
 
 
 def test_a_rerun_repeats_every_bit():

@@ -185,7 +185,6 @@ def test_resharding_frees_each_leaf_and_never_holds_a_second_copy(monkeypatch):
     assert trained == pytest.approx(kept, rel=0.02)
     # Beside them a leaf in bfloat16, where it was trained (a quarter) and as decoded with (a half).
     assert trained < most <= trained + largest / 2 * 3 / 4 < 1.5 * trained
-    print(f"trained {trained}, decoded with {kept}, peak {most} bytes a device")
 
 
 @pytest.mark.parametrize("adapted", [False, True])

@@ -185,6 +185,16 @@ def test_a_factored_moment_lies_as_its_parameter_without_the_axis():
     assert everywhere == found.step == factored.count == factored.v["matrix"]
 
 
+def test_what_is_not_factored_has_one_number_on_every_device():
+    """A table that is narrower than optax's 128: its row and column are placeholders."""
+    mesh = sharding.make_mesh(1, 2, 2)
+    small = {"table": jnp.zeros((420, 64))}
+    places = {"table": NamedSharding(mesh, PartitionSpec("tensor", "fsdp"))}
+    state = init_state(jax.device_put(small, places), Optimiser(name="adafactor"))
+    shapes = {x.shape for x in jax.tree.leaves(state.opt_state)}
+    assert {(1,), (420, 64)} <= shapes
+
+
 WIDE = ModelConfig("gemma", len(tokenizer()), 128, 128, 1, 1, 1, 128)
 FORWARD, LIKELIHOOD, LAYOUT = Forward("bfloat16"), Objective("likelihood"), Layout(4, 224, 8)
 AVERAGED = Optimiser(name="adafactor", ema=0.75)

@@ -2,7 +2,9 @@
 
 Result    GSM8K / MATH 77.5 / 46.1 (SFT) -> 83.9 / 51.2 (M-DPO, 3 iterations): the paper's figures,
           not yet reproduced with this code
-Hardware  by the compiled memory analysis in docs/decisions.md a v5e-16 or larger; not yet run
+Hardware  by count of bytes: 16 a parameter (float32 weights, gradient, two moments) x 8.54 B
+          = 137 GB over the mesh, and 2 a parameter (17 GB) for the sampler's copy, beside
+          activations and caches; no plan has been run
 Command   python -m mdpo_jax.train --config=gemma7b --config.model.path=SFT_FOLDER \
               --config.problems.path=PROMPTS.jsonl --config.problems.test_path=TEST.jsonl
 

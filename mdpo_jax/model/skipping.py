@@ -66,7 +66,7 @@ def _rows(q_BTHK, k_BSGK, v_BSGK, segments_BT, scores: _Scores) -> jax.Array:
     )
     groups = k.shape[2]
     q, k, v = _blocked(q, groups), _blocked(k, groups), _blocked(v, groups)
-    out = _attend(scores, q, k, v, segments.reshape(len(segments), -1, BLOCK))
+    out: Any = _attend(scores, q, k, v, segments.reshape(len(segments), -1, BLOCK))
     return _unblocked(out, groups)[:, :length]
 
 

@@ -33,46 +33,48 @@ def token_log_probs(
         return token_log_probs(
             hidden[None], table, targets[None], chunk=chunk, softcap=softcap, counted=one
         )[0]
+    score = functools.partial(_scores, table, softcap)
     rows, tokens = targets.shape
     wide = min(tokens, max(1, chunk // rows))
     pieces = -(-tokens // wide)
-    order = None
-    if counted is not None and pieces > 1:
-        order = jnp.argsort(~counted, axis=1, stable=True)
-        hidden = jnp.take_along_axis(hidden, order[..., None], axis=1)
-        targets, counted = (jnp.take_along_axis(x, order, axis=1) for x in (targets, counted))
+    if pieces == 1:
+        values = score(hidden, targets)
+        return values if counted is None else jnp.where(counted, values, 0)
 
     def cut(x: Array) -> Array:
         """[pieces, rows, wide, ...]"""
         padding = ((0, 0), (0, pieces * wide - tokens), *[(0, 0)] * (x.ndim - 2))
         return jnp.pad(x, padding).reshape(rows, pieces, wide, *x.shape[2:]).swapaxes(0, 1)
 
-    def score(hidden_RCD: Array, targets_RC: Array) -> Array:
-        logits_RCV = jnp.einsum(
-            "RCD,VD->RCV", hidden_RCD, table.astype(hidden_RCD.dtype),
-            preferred_element_type=jnp.float32,
-        )  # fmt: skip
-        if softcap is not None:
-            logits_RCV = softcap * jnp.tanh(logits_RCV / softcap)
-        chosen = jnp.take_along_axis(logits_RCV, targets_RC[..., None], axis=-1)[..., 0]
-        return chosen - jax.nn.logsumexp(logits_RCV, axis=-1)
+    def joined(values_PRC: Array) -> Array:
+        return values_PRC.swapaxes(0, 1).reshape(rows, -1)[:, :tokens]
 
-    def score_some(hidden_RCD: Array, targets_RC: Array, counted_RC: Array) -> Array:
-        nothing = functools.partial(jnp.zeros_like, targets_RC, dtype=jnp.float32)
-        return jax.lax.cond(jnp.any(counted_RC), lambda: score(hidden_RCD, targets_RC), nothing)
+    if counted is None:
+        again = jax.checkpoint(score)
+        return joined(jax.lax.map(lambda piece: again(*piece), (cut(hidden), cut(targets))))
 
-    if pieces == 1:
-        values = score(hidden, targets)
-        return values if counted is None else jnp.where(counted, values, 0)
     # The cond is inside of what is computed again: outside, its branch would keep the table for the
     # backward pass, a copy of it for each chunk.
-    if order is None:
-        parts, one = (cut(hidden), cut(targets)), jax.checkpoint(score)
-    else:
-        parts, one = (cut(hidden), cut(targets), cut(counted)), jax.checkpoint(score_some)
-    values = jax.lax.map(lambda piece: one(*piece), parts)
-    values = values.swapaxes(0, 1).reshape(rows, -1)[:, :tokens]
-    if order is None:
-        return values
+    @jax.checkpoint
+    def some(hidden_RCD: Array, targets_RC: Array, counted_RC: Array) -> Array:
+        nothing = functools.partial(jnp.zeros, targets_RC.shape)
+        return jax.lax.cond(jnp.any(counted_RC), lambda: score(hidden_RCD, targets_RC), nothing)
+
+    order = jnp.argsort(~counted, axis=1, stable=True)
+    hidden = jnp.take_along_axis(hidden, order[..., None], axis=1)
+    targets, first = (jnp.take_along_axis(x, order, axis=1) for x in (targets, counted))
+    pieces_of = cut(hidden), cut(targets), cut(first)
+    values = joined(jax.lax.map(lambda piece: some(*piece), pieces_of))
     back = jnp.argsort(order, axis=1)
-    return jnp.take_along_axis(jnp.where(counted, values, 0), back, axis=1)
+    return jnp.take_along_axis(jnp.where(first, values, 0), back, axis=1)
+
+
+def _scores(table: Array, softcap: float | None, hidden_RCD: Array, targets_RC: Array) -> Array:
+    logits_RCV = jnp.einsum(
+        "RCD,VD->RCV", hidden_RCD, table.astype(hidden_RCD.dtype),
+        preferred_element_type=jnp.float32,
+    )  # fmt: skip
+    if softcap is not None:
+        logits_RCV = softcap * jnp.tanh(logits_RCV / softcap)
+    chosen = jnp.take_along_axis(logits_RCV, targets_RC[..., None], axis=-1)[..., 0]
+    return chosen - jax.nn.logsumexp(logits_RCV, axis=-1)

@@ -144,7 +144,8 @@ def init_state(params: Any, optimiser: Optimiser) -> TrainState:
     Everything in it is committed to its devices, as the step's outputs are; else the second step
     would compile anew.
     """
-    shardings = state_shardings(params, jax.tree.map(lambda x: x.sharding, params), optimiser)
+    held = jax.tree.map(lambda x: x.sharding, params)
+    shardings: Any = state_shardings(params, held, optimiser)
     init = jax.jit(optimiser.transform().init, out_shardings=shardings.opt_state)
     step = hosts.place(np.zeros((), np.int32), shardings.step)
     ema = None

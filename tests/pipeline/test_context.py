@@ -6,7 +6,7 @@ import pytest
 
 from mdpo_jax.chat import ChatError
 from mdpo_jax.pipeline.context import Context
-from mdpo_jax.pipeline.stages import _rechecks
+from mdpo_jax.pipeline.rollouts import _rechecks
 from mdpo_jax.recipes import parse
 
 

@@ -3,12 +3,14 @@
 import functools
 import gzip
 import json
+from concurrent.futures import Future
 
 import jax
 import numpy as np
 
 from mdpo_jax.chat import Chat
 from mdpo_jax.data import synthetic, vocabulary
+from mdpo_jax.environment.tool import Observation
 from mdpo_jax.model import transformer
 from mdpo_jax.model.families import ModelConfig
 from mdpo_jax.types import Trajectory
@@ -95,3 +97,32 @@ def run_rows(door, flag, folder, lines, *more, name="rows.jsonl"):
 def read_rows(path):
     """The rows of a file of JSON lines."""
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+class Printer:
+    """A tool that prints so many characters, some a token each, by trajectory and turn."""
+
+    def __init__(self, sizes):
+        self.sizes = sizes
+
+    def start(self, key):
+        return Printed(self.sizes, sum(key.encode()))
+
+    def close(self):
+        pass
+
+
+class Printed:
+    def __init__(self, sizes, turn):
+        self.sizes, self.turn = sizes, turn
+
+    def run(self, action):
+        del action
+        self.turn += 1
+        size = self.sizes[self.turn % len(self.sizes)]
+        answer = Future()
+        answer.set_result(Observation(("Q%Z~" * size)[:size], "ok", 0.0))
+        return answer
+
+    def close(self):
+        pass

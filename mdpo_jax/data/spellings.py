@@ -10,12 +10,11 @@ For models that are made here: what they are trained on is a few hundred texts.
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterable
 from typing import Any
 
-from mdpo_jax.data.vocabulary import merge_list, train_tokenizer
+from mdpo_jax.data.vocabulary import merge_list, train_sentencepiece, train_tokenizer
 
 INST = ("[INST]", "[/INST]")
 LLAMA3_SPECIALS = (
@@ -98,27 +97,13 @@ def _byte_level(
 
 def sentencepiece_model(texts: Iterable[str], vocab_size: int, controls: Iterable[str] = ()) -> Any:
     """A processor with Llama's settings, `controls` being ids 3, 4, ..."""
-    import sentencepiece
-
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=vocab_size,
-        hard_vocab_limit=False,
-        byte_fallback=True,
-        split_digits=True,
-        character_coverage=1.0,
-        normalization_rule_name="identity",
+    return train_sentencepiece(
+        texts,
+        vocab_size,
         add_dummy_prefix=True,
-        remove_extra_whitespaces=False,
         allow_whitespace_only_pieces=True,
         control_symbols=list(controls),
-        num_threads=1,
-        minloglevel=2,
     )
-    return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
 
 
 def llama_tokenizer(processor: Any, specials: Iterable[str] = (), **options: Any) -> Any:

@@ -21,8 +21,36 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
     Returns a `transformers.GemmaTokenizer`; `save_pretrained` writes `tokenizer.json`, which any
     Hugging Face reader opens.  The sentencepiece model's own segmentation is the one it gives.
     """
-    import sentencepiece
     from transformers import GemmaTokenizer
+
+    processor = train_sentencepiece(
+        texts,
+        vocab_size,
+        add_dummy_prefix=False,
+        user_defined_symbols=[*SPECIALS, "\n"],
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        pad_piece="<pad>",
+        eos_piece="<eos>",
+        bos_piece="<bos>",
+    )
+    vocab = {processor.id_to_piece(i): i for i in range(processor.vocab_size())}
+    tokenizer = GemmaTokenizer(
+        vocab=vocab,
+        merges=merge_list(processor, vocab),  # pyright: ignore[reportArgumentType]
+        mask_token=None,  # pyright: ignore[reportArgumentType]
+        extra_special_tokens=list(SPECIALS),
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.sentencepiece_model = processor.serialized_model_proto()
+    return tokenizer
+
+
+def train_sentencepiece(texts: Iterable[str], vocab_size: int, **options: Any) -> Any:
+    """A sentencepiece BPE processor: byte fallback, a piece a digit; options of its trainer."""
+    import sentencepiece
 
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -35,30 +63,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
         split_digits=True,
         character_coverage=1.0,
         normalization_rule_name="identity",
-        add_dummy_prefix=False,
         remove_extra_whitespaces=False,
-        user_defined_symbols=[*SPECIALS, "\n"],
-        pad_id=0,
-        eos_id=1,
-        bos_id=2,
-        unk_id=3,
-        pad_piece="<pad>",
-        eos_piece="<eos>",
-        bos_piece="<bos>",
         num_threads=1,  # the merges of a tie must not depend on timing
         minloglevel=2,
+        **options,
     )
-    processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-    vocab = {processor.id_to_piece(i): i for i in range(processor.vocab_size())}
-    tokenizer = GemmaTokenizer(
-        vocab=vocab,
-        merges=merge_list(processor, vocab),  # pyright: ignore[reportArgumentType]
-        mask_token=None,  # pyright: ignore[reportArgumentType]
-        extra_special_tokens=list(SPECIALS),
-    )
-    tokenizer.chat_template = CHAT_TEMPLATE
-    tokenizer.sentencepiece_model = model.getvalue()
-    return tokenizer
+    return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
 
 
 def save_tokenizer(tokenizer: Any, path: str | Path) -> None:

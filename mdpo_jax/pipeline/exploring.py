@@ -93,14 +93,7 @@ def _sampled(
     context: Context, folder: Path, iteration: int, order: Sequence[Source], advance: Advance
 ) -> dict[str, Any]:  # fmt: skip
     problems = stages.read_problems(context, f"iteration-{iteration}")
-    size = context.config.rollout.chunk_problems
-    chunks = [
-        [
-            Chunk(folder / f"{place:03d}-{start:06d}.jsonl.gz", problems[start : start + size])
-            for start in range(0, len(problems), size)
-        ]
-        for place in range(len(order))
-    ]
+    chunks = [rollouts.cut(context, folder, problems, place) for place in range(len(order))]
 
     def work(place: int, chunk: Chunk, tell: Callable[[int], None]) -> list[Graded]:
         name = chunk.file.name.split("-", 1)[1]

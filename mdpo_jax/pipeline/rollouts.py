@@ -32,7 +32,7 @@ class Chunk(NamedTuple):
 
     file: Path
     problems: Sequence[Problem]
-    samples: range = range(0)
+    samples: range
 
 
 def rollout(
@@ -49,7 +49,11 @@ def rollout(
             sampling=context.sampling(context.config.rollout.temperature), advance=tell,
         )  # fmt: skip
 
-    chunks = _chunks(context, folder, problems, [count for _, count in sources])
+    chunks, first = [], 0
+    for _, count in sources:  # samples are numbered through all of them
+        samples = range(first, first + count)
+        chunks.append(cut(context, folder, problems, first, samples) if count else [])
+        first += count
     return dealt(context, paths, chunks, work, advance)
 
 
@@ -81,12 +85,11 @@ def dealt(
             if chunk.file in own:
                 found = work(place, chunk, tell)
                 store.write_lines(chunk.file, map(store.graded_row, found))
-            elif chunk.file in gone:
-                continue  # another process's
-            before = labels.total()
-            labels.update(row["label"] for row in store.read_lines(chunk.file))
-            if chunk.file not in gone:
-                advance(labels.total() - before)
+                labels.update(graded.verdict.label for graded in found)
+            elif chunk.file not in gone:
+                there = [row["label"] for row in store.read_lines(chunk.file)]
+                labels.update(there)
+                advance(len(there))
     hosts.wait()  # until every chunk is there
     rates = hosts.everyone(dataclasses.asdict(context.engine.activity - active))
     compiled = hosts.everyone([context.sampler.compilations(), context.sampler.late_compilations()])
@@ -99,19 +102,16 @@ def dealt(
     }
 
 
-def _chunks(
-    context: Context, folder: Path, problems: Sequence[Problem], counts: Sequence[int]
-) -> list[list[Chunk]]:
-    """By source; samples are numbered through all of them."""
-    size, first, out = context.config.rollout.chunk_problems, 0, []
-    for count in counts:
-        of = []
-        for start in range(0, len(problems), size) if count else ():
-            file = folder / f"{first:03d}-{start:06d}.jsonl.gz"
-            of.append(Chunk(file, problems[start : start + size], range(first, first + count)))
-        out.append(of)
-        first += count
-    return out
+def cut(
+    context: Context, folder: Path, problems: Sequence[Problem], number: int,
+    samples: range = range(0),
+) -> list[Chunk]:  # fmt: skip
+    """The chunks of one policy; number: how its files' names begin, which puts them in order."""
+    size = context.config.rollout.chunk_problems
+    return [
+        Chunk(folder / f"{number:03d}-{at:06d}.jsonl.gz", problems[at : at + size], samples)
+        for at in range(0, len(problems), size)
+    ]
 
 
 def _counts(chunks: Sequence[Sequence[Chunk]]) -> dict[str, Any]:

@@ -5,15 +5,13 @@ tokens cross every bucket, and layers with windows shorter than the prompt lap t
 """
 
 import dataclasses
-from concurrent.futures import Future
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import chat, tokenizer
+from support import Printer, chat, tokenizer
 
-from mdpo_jax.environment.tool import Observation
 from mdpo_jax.model import transformer
 from mdpo_jax.model.families import FAMILIES, LayerKind, ModelConfig, Rope, param_shapes
 from mdpo_jax.rollout.engine import Engine, Limits, Request
@@ -29,32 +27,6 @@ LIMITS = Limits(
 SLOTS = dict(zip(FAMILIES, (1, 3, 5, 2, 4, 6, 3), strict=True))
 PROBLEMS = [Problem(f"p/{i}", "Ana has beads" + " and cards" * (4 * i), "1") for i in range(3)]
 SIZES = (1, 30, 200, 40, 2000)  # characters printed, some a token each
-
-
-class Printer:
-    """Prints so many characters, by trajectory and turn."""
-
-    def start(self, key):
-        return Printed(sum(key.encode()))
-
-    def close(self):
-        pass
-
-
-class Printed:
-    def __init__(self, turn):
-        self.turn = turn
-
-    def run(self, action):
-        del action
-        self.turn += 1
-        size = SIZES[self.turn % len(SIZES)]
-        answer = Future()
-        answer.set_result(Observation(("Q%Z~" * size)[:size], "ok", 0.0))
-        return answer
-
-    def close(self):
-        pass
 
 
 def small(family):
@@ -103,7 +75,7 @@ def test_trajectories_equal_full_recomputation(family, monkeypatch):
     sampler.load(params)
     found = {}
     for order, sampling in ((1, GREEDY), (-1, Sampling())):
-        engine = Engine(sampler, chat(), Printer(), LIMITS)
+        engine = Engine(sampler, chat(), Printer(SIZES), LIMITS)
         found[sampling] = engine.run(requests[::order], policy="x", sampling=sampling)
         assert engine.activity.copied > 0
     observed = [0]

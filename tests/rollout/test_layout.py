@@ -3,15 +3,13 @@
 import dataclasses
 import functools
 import re
-from concurrent.futures import Future
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import chat, tokenizer
+from support import Printer, chat, tokenizer
 
-from mdpo_jax.environment.tool import Observation
 from mdpo_jax.model import lora, transformer
 from mdpo_jax.model.families import LayerKind, ModelConfig, Rope, param_shapes
 from mdpo_jax.model.sharding import make_mesh, param_shardings
@@ -28,31 +26,6 @@ LIMITS = Limits(
 )
 SHAPES = Shapes(8, 256, 4, (8,), (256,), (256,))
 PROBLEMS = [Problem(f"p/{i}", "Ana has" + " beads" * i, "1") for i in range(3)]
-
-
-class Printer:
-    """Prints 1 to 80 characters, by trajectory and turn."""
-
-    def start(self, key):
-        return Printed(sum(key.encode()))
-
-    def close(self):
-        pass
-
-
-class Printed:
-    def __init__(self, turn):
-        self.turn = turn
-
-    def run(self, action):
-        del action
-        self.turn += 1
-        answer = Future()
-        answer.set_result(Observation("Q%Z~" * (1, 3, 20)[self.turn % 3], "ok", 0.0))
-        return answer
-
-    def close(self):
-        pass
 
 
 def model(family, kv_heads=2):
@@ -86,7 +59,7 @@ def trajectories(config, tensor):
     """Of twelve requests over eight slots: refills, copies, observations; greedy and at T = 1."""
     requests = [Request(p, s, "0/mesh") for p in PROBLEMS for s in range(4)]
     made, found = sampler(config, tensor), {}
-    engine = Engine(made, chat(), Printer(), LIMITS)
+    engine = Engine(made, chat(), Printer((4, 12, 80)), LIMITS)
     for sampling in (GREEDY, Sampling()):
         found[sampling] = engine.run(requests, policy="x", sampling=sampling)
     assert made.tokens_copied > 0

@@ -420,9 +420,9 @@ class Config:
 
     def deciding(self) -> dict[str, Any]:
         """`as_dict` without what does not decide the results: where the run, its processes and its
-        servers are."""
+        servers are, and how often its state is written."""
         fields = self.as_dict()
-        del fields["workdir"], fields["mesh"]["hosts"]
+        del fields["workdir"], fields["mesh"]["hosts"], fields["train"]["save_every"]
         for name in TRANSPORT:
             del fields["rollout"][name]
         return fields

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mdpo_jax.data.bins import arrange
 from mdpo_jax.types import PART_OF_ROLE, MaskName, PackedBatch, Pair, Trajectory, loss_mask
 
 FEWEST_MICROS = 4
@@ -105,30 +106,35 @@ def mismatched(prompt: Trajectory, completion: Trajectory, length: int) -> Traje
 def pack(groups: Sequence[Sequence[Item]], layout: Layout) -> PackedBatch:
     """Pack groups that must share a micro-batch: pairs as (chosen, rejected), or single sequences.
 
-    First fit, longest group first, into rows and then into as many micro-batches as it takes; the
-    micro-batch axis is padded to a power of two, 4 at least, so that few shapes occur; the step
-    skips empty ones.  Raises ValueError for a sequence longer than a row or a group that no empty
-    micro-batch can hold.
+    Where each sequence lies is `bins.arrange`'s; the micro-batch axis is padded to a power of two, 4
+    at least, so that few shapes occur; the step skips empty ones.  Raises ValueError for a sequence
+    longer than a row or a group that no empty micro-batch can hold.
     """
-    order = sorted(range(len(groups)), key=lambda g: (-sum(len(i.ids) for i in groups[g]), g))
-    micros: list[_Micro] = []
-    for g in order:
-        if not any(micro.add(groups[g]) for micro in micros):
-            micros.append(_Micro(layout))
-            if not micros[-1].add(groups[g]):
-                lengths = [len(i.ids) for i in groups[g]]
-                raise ValueError(
-                    f"packing: sequences of {lengths} tokens do not fit into {layout.rows} rows of "
-                    f"{layout.row_length} tokens; drop them or raise train.row_length"
-                )
-    count = max(FEWEST_MICROS, 1 << (max(1, len(micros)) - 1).bit_length())
-    micros += [_Micro(layout) for _ in range(count - len(micros))]
+    sizes = [pieces(group) for group in groups]
+    found = arrange(sizes, layout.rows, layout.row_length, layout.sequences)
+    count = max(FEWEST_MICROS, 1 << (max(1, len(found)) - 1).bit_length())
+    micros = [_Micro(layout) for _ in range(count)]
+    for micro, places in zip(micros, found, strict=False):
+        for g, rows in places:
+            micro.add(groups[g], rows)
     return PackedBatch(
         **{
             field.name: np.stack([getattr(micro, field.name) for micro in micros])
             for field in dataclasses.fields(PackedBatch)
         }
     )
+
+
+def pieces(group: Sequence[Item]) -> list[int]:
+    """Tokens that a group needs in rows, for each part of it that must lie in one."""
+    return [len(entry.ids) for entry in group]
+
+
+def longest(groups: Sequence[Sequence[Item]]) -> int:
+    """Tokens of the longest sequence, stand-ins included; what a row must hold."""
+    entries = [entry for group in groups for entry in group]
+    beside = [entry.mismatched for entry in entries if entry.mismatched is not None]
+    return max(len(entry.ids) for entry in (*entries, *beside))
 
 
 def unpack(values: np.ndarray, batch: PackedBatch) -> dict[int, np.ndarray]:
@@ -160,20 +166,13 @@ class _Micro:
         )
         self._used = np.zeros(layout.rows, np.int64)
 
-    def add(self, group: Sequence[Item]) -> bool:
-        """Place a whole group, or nothing and return False."""
-        used, places = self._used.copy(), []
-        for entry in group:
-            room = np.flatnonzero(used + len(entry.ids) <= self.tokens.shape[1])
-            if not len(room):
-                return False
-            places.append((int(room[0]), int(used[room[0]])))
-            used[room[0]] += len(entry.ids)
+    def add(self, group: Sequence[Item], rows: Sequence[int]) -> None:
+        """Place a group, each sequence behind what is in its row."""
         first = int(self.sequence_mask.sum())
-        if first + len(group) > len(self.sequence_mask):
-            return False
-        for slot, (entry, (row, start)) in enumerate(zip(group, places, strict=True), first):
+        for slot, (entry, row) in enumerate(zip(group, rows, strict=True), first):
+            start = int(self._used[row])
             here = (row, slice(start, start + len(entry.ids)))
+            self._used[row] += len(entry.ids)
             self.tokens[here], self.segments[here] = entry.ids, slot + 1
             self.positions[here] = np.arange(len(entry.ids))
             self.weights[here], self.reference[here] = entry.weights, entry.reference
@@ -183,5 +182,3 @@ class _Micro:
             pair = int(self.pair_mask.sum())
             self.chosen[pair], self.rejected[pair], self.pair_mask[pair] = first, first + 1, 1
             self.margin[pair] = group[1].term_c - group[0].term_c
-        self._used = used
-        return True

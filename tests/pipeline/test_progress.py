@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import model_config, params, trajectories
@@ -14,7 +15,7 @@ from mdpo_jax.model.lora import Lora
 from mdpo_jax.pipeline.progress import Progress, finished
 from mdpo_jax.reporting.metrics import MetricsWriter
 from mdpo_jax.training.losses import Forward, Objective
-from mdpo_jax.training.state import Optimiser
+from mdpo_jax.training.state import Optimiser, TrainState
 from mdpo_jax.training.step import Fixed
 from mdpo_jax.training.trainer import Plan, Trainer, copy_params
 from mdpo_jax.training.value import ValueTerm
@@ -56,20 +57,25 @@ def full(mesh=None, **options):
 
 
 def adapter():
-    small = Lora(2, 4.0, ("all-linear",))
-    trainer = Trainer(model_config(), Forward(), Optimiser(), LAYOUT, adapter=small)
+    small, optimiser = Lora(2, 4.0, ("all-linear",)), Optimiser(name="adamw_bf16_moments", ema=0.9)
+    trainer = Trainer(model_config(), Forward(), optimiser, LAYOUT, adapter=small)
     return trainer, lambda: lora.init(model_config(), small, jax.random.key(0)), Fixed(params())
 
 
 CASES = {
-    "average, moments rounded at random": lambda: full(name="adamw_bf16_moments", ema=0.9),
+    "adapter, average, moments rounded at random": adapter,
+    "every weight": lambda: full(name="adamw_bf16_moments", ema=0.9),
     "factored moments": lambda: full(name="adafactor"),
-    "adapter": adapter,
     "mesh, value head": lambda: full(sharding.make_mesh(2, 2, 1)),
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+FIRST, *OTHERS = CASES
+
+
+@pytest.mark.parametrize(
+    "case", [FIRST, *(pytest.param(case, marks=pytest.mark.slow) for case in OTHERS)]
+)
 def test_a_stage_killed_twice_ends_in_the_same_bits(case, tmp_path):
     trainer, start, fixed = CASES[case]()
     value = ValueTerm(1.0, 0.1, 10.0) if "value" in case else None
@@ -101,14 +107,20 @@ def test_a_stage_killed_twice_ends_in_the_same_bits(case, tmp_path):
 
 
 def test_what_is_not_whole_is_not_gone_on_from(tmp_path):
-    trainer, start, fixed = full()
-    fit(tmp_path, trainer, Objective("likelihood"), start(), fixed)
-    assert Progress(tmp_path, 2, PLAN.steps).steps == 6
-    rows = (tmp_path / "metrics.jsonl").read_bytes()
-    (tmp_path / "metrics.jsonl").write_bytes(rows[: len(rows) // 3])  # rows that were never synced
-    assert Progress(tmp_path, 2, PLAN.steps).steps == 0
+    state = TrainState({"a": jnp.arange(3.0)}, (), jnp.int32(4))
+    rows = b'{"step": 0}\n{"step": 1}\n'
     (tmp_path / "metrics.jsonl").write_bytes(rows)
-    (tmp_path / "progress-6").rename(tmp_path / "elsewhere")
-    assert Progress(tmp_path, 2, PLAN.steps).steps == 0
-    _, _, began = fit(tmp_path, trainer, Objective("likelihood"), start(), fixed, every=0)
-    assert began == 0
+    kept = Progress(tmp_path, 2, 8)
+    assert kept.steps == 0
+    for step in (2, 3, 4, 8):  # every second, and not the last
+        kept.after(step, state, {"next_index": step})
+    again = Progress(tmp_path, 2, 8)
+    assert again.steps == 4
+    restored, place = again.restore(state)
+    assert restored.params["a"].tolist() == [0, 1, 2]
+    assert place == {"next_index": 4}
+    (tmp_path / "metrics.jsonl").write_bytes(rows[:-1])  # rows that were never synced
+    assert Progress(tmp_path, 2, 8).steps == 0
+    (tmp_path / "metrics.jsonl").write_bytes(rows)
+    (tmp_path / "progress-4").rename(tmp_path / "elsewhere")
+    assert Progress(tmp_path, 2, 8).steps == 0

@@ -270,8 +270,8 @@ def _rows(folder: Path, trainer: Trainer) -> dict[str, Any]:
     """The shape that a stage's micro-batches had, and the mean share of it that was no padding."""
     layout = trainer.layout
     found: dict[str, Any] = {"rows": layout.rows, "row_length": layout.row_length}
-    if hosts.first():  # whose summary it is
-        fills = [row["fill"] for row in iterate_metrics(folder / METRICS)]
+    fills = [row["fill"] for row in iterate_metrics(folder / METRICS)] if hosts.first() else []
+    if fills:  # the summary is the first host's
         found["fill"] = float(np.mean(fills))
     return found
 

@@ -26,7 +26,9 @@ def finished(tmp_path_factory):
 def _by_parity(context, gold, trajectory):
     from mdpo_jax.types import Verdict
 
-    return Verdict("correct" if trajectory.ids.sum() % 2 else "wrong", "parity", "0")
+    return Verdict(
+        "correct" if (trajectory.ids.sum() + trajectory.sample) % 2 else "wrong", "parity", "0"
+    )
 
 
 @pytest.fixture

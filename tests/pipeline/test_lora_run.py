@@ -22,7 +22,9 @@ RUN = [*SMALL_RUN, "--config.lora.rank=2", "--config.lora.alpha=4"]
 
 
 def _by_parity(context, gold, trajectory):
-    return Verdict("correct" if trajectory.ids.sum() % 2 else "wrong", "parity", "0")
+    return Verdict(
+        "correct" if (trajectory.ids.sum() + trajectory.sample) % 2 else "wrong", "parity", "0"
+    )
 
 
 @pytest.fixture(scope="module")

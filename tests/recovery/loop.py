@@ -8,7 +8,9 @@ from mdpo_jax.types import Verdict
 
 
 def _by_parity(context, gold, trajectory):
-    return Verdict("correct" if trajectory.ids.sum() % 2 else "wrong", "parity", "0")
+    return Verdict(
+        "correct" if (trajectory.ids.sum() + trajectory.sample) % 2 else "wrong", "parity", "0"
+    )
 
 
 if __name__ == "__main__":

@@ -12,8 +12,7 @@ import pytest
 from support import SMALL_RUN
 
 SCRIPT = Path(__file__).with_name("loop.py")
-# Of five samples of a problem some are right and some wrong; every step's state is kept.
-MORE = ["--config.rollout.samples=4", "--config.train.save_every=1"]
+SAVES = "--config.train.save_every=1"
 # (what must be there when the signal comes, how many lines of it); in the order of the run.
 INSTANTS = [
     ("sft/metrics.jsonl", 2),  # inside the warm-up
@@ -35,7 +34,7 @@ def environment(tmp_path_factory):
 
 def _start(folder, environment):
     return subprocess.Popen(
-        [sys.executable, str(SCRIPT), *SMALL_RUN, f"--config.workdir={folder}", *MORE],
+        [sys.executable, str(SCRIPT), *SMALL_RUN, f"--config.workdir={folder}", SAVES],
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

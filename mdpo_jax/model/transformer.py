@@ -247,6 +247,8 @@ class Transformer(nn.Module):
     def __call__(self, tokens_BT, positions_BT, segments_BT):
         c, dtypes = self.config, (self.dtype, self.param_dtype)
         x_BTD = Embedder(c, *dtypes, name="embedder")(tokens_BT)
+        # First as the table lies: its gradient takes an exchange back, not every row's whole.
+        x_BTD = constrain(x_BTD, "row_groups", None, "embed")
         x_BTD = constrain(x_BTD, "rows", None, None)
         layers = nn.scan(
             _rematerialised(self.remat),
@@ -370,6 +372,9 @@ def hidden_states(
     `jax.set_mesh(mesh)` activations are pinned to the mesh, rows over ("data", "fsdp").
     """
     model = Transformer(config, dtype, remat=remat, backend=backend)
+    # A tied table's two gradients meet outside: each is made where its own product lies.
+    table = constrain(params["embedder"]["table"], "vocab", "embed")
+    params = {**params, "embedder": {**params["embedder"], "table": table}}
     return _apply(model, params, tokens_BT, positions_BT, segments_BT)
 
 

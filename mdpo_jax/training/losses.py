@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from mdpo_jax import objectives
-from mdpo_jax.model import transformer
+from mdpo_jax.model import sharding, transformer
 from mdpo_jax.model.families import ModelConfig
 from mdpo_jax.objectives.mdpo import Kind
 from mdpo_jax.objectives.mkto import KLConvention
@@ -71,13 +71,15 @@ def scored(
         config, params, micro["tokens"], micro["positions"], micro["segments"],
         dtype=jnp.dtype(forward.dtype), remat=forward.remat, backend=forward.attention,
     )  # fmt: skip
+    table, *pins = sharding.head(transformer.unembedding(params))
     values = objectives.token_log_probs(
         hidden[:, :-1],
-        transformer.unembedding(params),
+        table,
         micro["tokens"][:, 1:],
         chunk=forward.logprob_chunk,
         softcap=config.logit_cap,
         counted=None if counted is None else counted[:, 1:],
+        spread=objectives.Spread(*pins),
     )
     return jnp.pad(values, ((0, 0), (1, 0))), hidden
 

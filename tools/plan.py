@@ -14,8 +14,6 @@ from which `--table` makes docs/scaling.md.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import dataclasses
 import json
 import re
 import sys
@@ -169,15 +167,14 @@ def plan(step: Any, wanted: Topology, name: str, naive: bool = False) -> tuple[d
 
 
 def searched(config: Any, model: Any, wanted: Topology, name: str) -> list[dict[str, Any]]:
-    """Plans of doubled rows until they no longer fit."""
+    """Plans of doubled rows until they no longer fit, or hold all pairs of a step."""
     found: list[dict[str, Any]] = []
-    rows: int | None = None
-    while not found or found[-1]["fits"]:
+    rows = config.train.rows
+    while True:
         found.append(plan(setup(config, model, wanted, rows), wanted, name)[0])
         rows = 2 * found[-1]["rows"]
-        if rows > 2 * config.train.batch_pairs and found[-1]["fits"]:
-            break
-    return found
+        if not found[-1]["fits"] or rows > 2 * config.train.batch_pairs:
+            return found
 
 
 def report(p: dict[str, Any]) -> str:
@@ -231,7 +228,7 @@ def main(given: Sequence[str] | None = None) -> int:
             raise PlanError(str(error)) from None
         name, model = shape_of(options.model, config)
         if options.search:
-            plans = searched(config, model, wanted, name)
+            plans = [{**one, "note": options.note} for one in searched(config, model, wanted, name)]
         else:
             one, text = plan(setup(config, model, wanted), wanted, name, options.naive)
             plans = [{**one, "note": options.note}]

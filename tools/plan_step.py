@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -97,12 +96,8 @@ def arguments(setup: Setup) -> tuple[TrainState, dict[str, Any], Any, Fixed]:
     moments = jax.eval_shape(setup.optimiser.transform().init, params)
     places = state_shardings(params, held, setup.optimiser)
     ema = _placed(_shapes(params, jnp.float32), held) if setup.optimiser.ema else None
-    state = TrainState(
-        params,
-        _placed(moments, places.opt_state),
-        jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere),
-        ema,
-    )
+    count: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
+    state = TrainState(params, _placed(moments, places.opt_state), count, ema)
     rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
     return state, batch(setup), rate, Fixed(base)
 
@@ -113,8 +108,10 @@ def batch(setup: Setup) -> dict[str, Any]:
     micros = max(FEWEST_MICROS, 1 << (max(1, setup.micros) - 1).bit_length())
     slots = max(2 * t.batch_pairs, setup.config.sft.batch, setup.config.raft.batch)
     tokens = (micros, setup.rows, t.row_length)
-    shapes = dict.fromkeys(("chosen", "rejected", "pair_mask", "margin"), (micros, slots // 2))
-    shapes |= dict.fromkeys(("correct", "sequence_mask"), (micros, slots))
+    shapes: dict[str, tuple[int, ...]] = {
+        **dict.fromkeys(("chosen", "rejected", "pair_mask", "margin"), (micros, slots // 2)),
+        **dict.fromkeys(("correct", "sequence_mask"), (micros, slots)),
+    }
     whole = {"weights", "reference", "pair_mask", "margin", "correct", "sequence_mask"}
     rows = _everywhere(setup)
     if setup.mesh is not None:
@@ -178,12 +175,4 @@ def _shapes(tree: Any, dtype: Any) -> Any:
 def _placed(tree: Any, places: Any) -> Any:
     return jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places
-    )
-
-
-def bytes_a_chip(tree: Any) -> int:
-    """Of shapes with shardings."""
-    leaves = jax.tree.leaves(tree)
-    return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * jnp.dtype(x.dtype).itemsize for x in leaves
     )

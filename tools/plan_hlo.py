@@ -53,9 +53,7 @@ class Traffic(NamedTuple):
 
     def plus(self, other: Traffic) -> Traffic:
         """Both together."""
-        return Traffic(
-            self.count + other.count, self.sent + other.sent, self.across + other.across
-        )
+        return Traffic(self.count + other.count, self.sent + other.sent, self.across + other.across)
 
 
 def computations(text: str) -> tuple[dict[str, list[Instruction]], str]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from plan_chips import CHIPS, GIB
+from plan_chips import CHIPS, GIB, Chip
 from plan_cost import EFFICIENCY
 
 Plan = dict[str, Any]
@@ -31,17 +31,18 @@ def table(paths: Sequence[Path]) -> str:
     plans = read(paths)
     plain = [p for p in plans if not p["note"]]
     weak = [p for p in plans if p["note"] in ("", "weak") and _grows(p)]
+    two = [p for p in plans if p["note"] == "slices"]
     parts = [
         ("Does it fit, and how fast", fits(plain)),
         ("What each chip sends", sends(plain)),
         ("Growing the mesh", grows(weak)),
-        ("Two slices", fits([p for p in plans if p["note"] == "slices"])
-         + ["", *sends([p for p in plans if p["note"] == "slices"])]),
+        ("Two slices", [*fits(two), "", *sends(two)]),
         ("Against a plain trainer's step", against([p for p in plans if p["note"] == "memory"])),
         ("The sampler beside it", samples(plain)),
         ("Chips", chips()),
     ]  # fmt: skip
-    return "\n".join(f"## {title}\n\n" + "\n".join(lines) + "\n" for title, lines in parts)
+    shown = [(title, lines) for title, lines in parts if len(lines) > 2 and lines[2]]
+    return "\n".join(f"## {title}\n\n" + "\n".join(lines) + "\n" for title, lines in shown)
 
 
 def _rows(head: str, rows: Iterable[Sequence[str]]) -> list[str]:
@@ -53,6 +54,11 @@ def _rows(head: str, rows: Iterable[Sequence[str]]) -> list[str]:
 
 def _gib(size: float) -> str:
     return f"{size / GIB:.1f}"
+
+
+def _recipe(p: Plan) -> str:
+    """CodeGemma's shape, and so its plan, is Gemma-7B's."""
+    return "gemma7b, codegemma7b" if p["config"] == "gemma7b" else p["config"]
 
 
 def _trained(p: Plan) -> str:
@@ -82,7 +88,7 @@ def fits(plans: Sequence[Plan]) -> list[str]:
         parts = ("-", "-") if refused else (_gib(b["arguments"]), _gib(b["temporaries"]))
         speed = (f"{s['step']:.1f}", s["bound"], f"{p['mfu']:.0%}")
         rows.append(
-            (p["config"], _trained(p), p["label"], str(p["chips"]), _mesh(p),
+            (_recipe(p), _trained(p), p["label"], str(p["chips"]), _mesh(p),
              f"{p['micros']} x {p['rows']} x {p['row_length']}", *parts, _gib(b["peak"]),
              _gib(b["hbm"]), verdict, *(speed if p["fits"] else ("-", "-", "-")))
         )  # fmt: skip
@@ -99,7 +105,7 @@ def sends(plans: Sequence[Plan]) -> list[str]:
             continue
         total = sum(t["sent"] for _, t in found)
         kinds = ", ".join(f"{kind} {t['count']} x, {t['sent'] / 1e9:.1f}" for kind, t in found)
-        rows.append((p["config"], p["label"], _mesh(p), f"{total / 1e9:.1f}", kinds))
+        rows.append((_recipe(p), p["label"], _mesh(p), f"{total / 1e9:.1f}", kinds))
     return _rows(head, rows)
 
 
@@ -108,40 +114,49 @@ def _grows(p: Plan) -> bool:
 
 
 def grows(plans: Sequence[Plan]) -> list[str]:
-    """Per chip and per micro-batch, as chips are added: one row of tokens a chip and micro-batch.
+    """Per chip and micro-batch, as chips are added.
 
-    overtakes: tokens of a chip's micro-batch below which the interconnect takes longer than the
-    products; what is sent is weights and their gradients, and does not depend on them.
+    What is sent is mostly weights and their gradients, whatever the tokens: so there is a number of
+    tokens a chip below which sending takes longer than the products.  v6e has v5e's grids: what
+    its rows of the table send is v5e's program's.
     """
     head = (
-        "on | chips | rows a chip | GB sent | s computing | s sending | "
-        "interconnect overtakes below, tokens a chip | GiB a chip"
+        "on | chips | tokens a chip | GB sent | s computing | s sending | sending is slower below, "
+        "tokens a chip | a step of 131,072 tokens in one micro-batch: up to, chips | from"
     )
-    rows = []
-    for p in sorted(plans, key=lambda p: (p["label"].split("-")[0], p["chips"])):
-        s, micros = p["seconds"], p["micros"]
-        own = p["rows"] * p["row_length"] / p["chips"]
-        sent = sum(t["sent"] for t in p["collectives"].values()) / micros
-        sending = (s["interconnect"] + s["network"]) / micros
-        rows.append(
-            (p["label"], str(p["chips"]), f"{p['rows'] / p['chips']:g}", f"{sent / 1e9:.1f}",
-             f"{s['compute'] / micros:.2f}", f"{sending:.2f}",
-             f"{own * sending * micros / s['compute']:.0f}", _gib(p["bytes"]["peak"]))
-        )  # fmt: skip
+    order = sorted(plans, key=lambda p: (p["label"].split("-")[0], p["chips"]))
+    rows = [_growth(p, CHIPS[p["topology"].split(":")[0]], "compiled") for p in order]
+    rows += [
+        _growth({**p, "label": p["label"].replace("v5e", "v6e")}, CHIPS["v6e"], "v5e's program")
+        for p in order
+        if p["topology"].startswith("v5e")
+    ]
     return _rows(head, rows)
+
+
+def _growth(p: Plan, chip: Chip, source: str) -> list[str]:
+    own = p["rows"] * p["row_length"] / p["chips"]
+    sent = sum(t["sent"] for t in p["collectives"].values()) / p["micros"]
+    computing = p["flops"]["executed"] / p["chips"] / p["micros"] / chip.flops
+    least = own * sent / chip.ici / computing
+    return [
+        p["label"], str(p["chips"]), f"{own:.0f}", f"{sent / 1e9:.1f}", f"{computing:.2f}",
+        f"{sent / chip.ici:.2f}", f"{least:.0f}", f"{131072 / least:.0f}", source,
+    ]  # fmt: skip
 
 
 def against(plans: Sequence[Plan]) -> list[str]:
     """Our step's bytes beside those of a plain one, same model and rows."""
     ours, plain = (
-        {p["model"]: p for p in plans if bool(p["naive"]) is which} for which in (False, True)
+        {(p["model"], p["label"]): p for p in plans if bool(p["naive"]) is which}
+        for which in (False, True)
     )
-    head = "model | rows | ours, GiB | plain, GiB | ours / plain"
+    head = "model | compiled for | rows | ours, GiB | plain, GiB | ours / plain"
     rows = []
-    for name in ours.keys() & plain.keys():
+    for name in sorted(ours.keys() & plain.keys()):
         a, b = ours[name]["bytes"]["peak"], plain[name]["bytes"]["peak"]
         size = f"{ours[name]['rows']} x {ours[name]['row_length']}"
-        rows.append((name, size, _gib(a), _gib(b), f"{a / b:.2f}"))
+        rows.append((*name, size, _gib(a), _gib(b), f"{a / b:.2f}"))
     return _rows(head, rows)
 
 
@@ -156,7 +171,7 @@ def samples(plans: Sequence[Plan]) -> list[str]:
         ]
         name = f"{kind}, {a['chips']} a process"
         rows[p["config"], name] = (
-            p["config"], name, f"{a['slot'] / GIB:.2f}", ", ".join(options)
+            _recipe(p), name, f"{a['slot'] / GIB:.2f}", ", ".join(options)
         )  # fmt: skip
     return _rows(head, rows.values())
 

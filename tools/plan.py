@@ -97,9 +97,12 @@ def setup(config: Any, model: Any, wanted: Topology, rows: int | None = None) ->
         )
     mesh = None
     if used > 1:
-        mesh = sharding.make_mesh(m.data, fsdp, m.tensor, devices=found)
+        try:
+            mesh = sharding.make_mesh(m.data, fsdp, m.tensor, devices=found)
+        except ValueError as error:  # slices that the mesh does not divide
+            raise PlanError(f"--slices={wanted.slices}: config.{error}") from None
     ways = m.data * fsdp
-    rows = -(-(rows or config.train.rows) // ways) * ways
+    rows = -(-(config.train.rows if rows is None else rows) // ways) * ways
     micros = -(-2 * config.train.batch_pairs // rows)
     return Setup(config, model, tuple(found), mesh, rows, micros)
 

@@ -174,6 +174,19 @@ def test_a_plan_is_said_and_tabled(tiny, tmp_path, capsys):
     assert shown.count("| tiny | adamw | cpu:4 |") == 1  # alike: the newest
 
 
+def test_a_search_doubles_the_rows_while_they_fit(monkeypatch):
+    from mdpo_jax import recipes
+
+    config = recipes.parse(["--config=tiny", "--config.train.rows=4"])
+    wanted = plan_chips.topology("cpu:4")
+    name, model = plan.shape_of(None, config)
+    monkeypatch.setattr(plan, "plan", lambda s, *_: ({"rows": s.rows, "fits": s.rows < 16}, ""))
+    found = plan.searched(config, model, wanted, name)
+    assert [p["rows"] for p in found] == [4, 8, 16]
+    monkeypatch.setattr(plan, "plan", lambda s, *_: ({"rows": s.rows, "fits": True}, ""))
+    assert plan.searched(config, model, wanted, name)[-1]["rows"] == 2 * config.train.batch_pairs
+
+
 def test_the_documents_tables_are_those_of_its_plans():
     assert plan_table.table([DOCS / "scaling.jsonl"]) in (DOCS / "scaling.md").read_text()
 

@@ -102,9 +102,10 @@ def setup(config: Any, model: Any, wanted: Topology, rows: int | None = None) ->
         except ValueError as error:  # slices that the mesh does not divide
             raise PlanError(f"--slices={wanted.slices}: config.{error}") from None
     ways = m.data * fsdp
-    rows = -(-(config.train.rows if rows is None else rows) // ways) * ways
-    micros = -(-2 * config.train.batch_pairs // rows)
-    return Setup(config, model, tuple(found), mesh, rows, micros)
+    wide = config.train.rows if rows is None else rows
+    wide = -(-wide // ways) * ways
+    micros = -(-2 * config.train.batch_pairs // wide)
+    return Setup(config, model, tuple(found), mesh, wide, micros)
 
 
 def compiled(step: Any, naive: bool = False) -> dict[str, Any]:

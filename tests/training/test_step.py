@@ -93,6 +93,22 @@ def test_packed_loss_and_gradients_equal_the_plain_ones(layout, remat):
     close(got, gradients)
 
 
+@pytest.mark.parametrize("attention", ["skipping", "reference"])
+def test_a_shared_prompt_changes_no_loss_and_no_gradient(attention):
+    loss, gradients = plain_gradients()
+    shared = dataclasses.replace(LAYOUT, shared_prompts=True)
+    arrays = put(batch(shared), None)
+    assert int((arrays["segments"] > 0).sum()) < int((put(batch(), None)["segments"] > 0).sum())
+    forward = Forward(attention=attention, shared_prompts=True)
+    got, metrics = gradients_of(forward, params(), arrays)
+    assert float(metrics["loss"]) == pytest.approx(float(loss), rel=1e-5)
+    close(got, gradients)
+    _, apart = gradients_of(Forward(attention=attention), params(), put(batch(), None))
+    assert metrics.keys() == apart.keys()
+    for name, value in metrics.items():
+        assert float(value) == pytest.approx(float(apart[name]), rel=1e-4, abs=1e-4), name
+
+
 @pytest.mark.parametrize("shape", [(1, 4, 1), (2, 2, 1), (4, 1, 1), (1, 2, 2)])
 def test_every_mesh_gives_the_single_device_result(shape):
     forward = Forward()

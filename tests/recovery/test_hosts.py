@@ -24,10 +24,8 @@ REST = ["1x4x1", "4x1x1", "2x1x2", "1x1x4"]  # data x fsdp x tensor, over both p
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory):
+def environment():
     return os.environ | {
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_CPU_ENABLE_ASYNC_DISPATCH": "false",
         "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[1:3])),
     }

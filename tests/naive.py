@@ -117,12 +117,15 @@ def mkto(config, params, reference, sequences, borrowed, *, eta, right=1.0, wron
     """Equation 15 over (sequence, correct); borrowed: what the reference point is a mean over."""
     ratios = [summed(config, params, reference, s)[1] for s in borrowed]
     point = jax.lax.stop_gradient(jnp.maximum(sum(ratios) / len(ratios), 0))
-    losses = []
+    losses, rewards = [], {True: [], False: []}
     for sequence, correct in sequences:
-        z = eta * (summed(config, params, reference, sequence)[1] - point)
+        ratio = summed(config, params, reference, sequence)[1]
         weight, sign = (right, 1) if correct else (wrong, -1)
-        losses.append(weight * (1 - jax.nn.sigmoid(sign * z)))
-    return sum(losses) / len(losses), {"kl": point}
+        losses.append(weight * (1 - jax.nn.sigmoid(sign * eta * (ratio - point))))
+        rewards[correct].append(eta * ratio)
+    chosen, rejected = (sum(rewards[side]) / len(rewards[side]) for side in (True, False))
+    found = {"kl": point, "rewards/chosen": chosen, "rewards/rejected": rejected}
+    return sum(losses) / len(losses), found
 
 
 def likelihood(config, params, reference, sequences):

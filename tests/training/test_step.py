@@ -136,37 +136,6 @@ def test_the_gradient_in_the_logits_is_zero_but_where_an_action_is_predicted(kin
     assert set(np.unique(parts)) == {0, Part.TEXT, Part.OBSERVATION, Part.TEMPLATE}
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 1)])
-def test_kto_s_reference_point_is_gathered_over_the_mesh(shape):
-    """An odd batch: three sequences, and a reference point of five."""
-    scores = trainer().score(params(), [item(t, "sampled") for t in trajectories()], 4)
-    items = [
-        item(t, "sampled", reference=s * (1.1 if t.sample % 2 else 1.05))._replace(
-            correct=t.sample % 3 == 0
-        )
-        for t, s in zip(trajectories(), scores, strict=True)
-    ]
-    groups, beside = [[i] for i in items[:3]], [[i] for i in items[3:8]]
-    objective = Objective("unpaired", eta=0.01)
-
-    def run(p, mesh):
-        return jax.jit(
-            lambda p, b, k: loss_and_gradients(
-                model_config(), Forward(), objective, p, b, mismatched=k
-            )
-        )(p, put(pack(groups, LAYOUT), mesh), put(pack(beside, LAYOUT), mesh))
-
-    one, expected = run(params(), None)
-    assert float(expected["kl"]) > 1
-    mesh = sharding.make_mesh(*shape)
-    sharded = jax.device_put(params(), sharding.param_shardings(model_config(), mesh))
-    with jax.set_mesh(mesh):
-        many, metrics = run(sharded, mesh)
-    for name in ("loss", "kl", "rewards/chosen", "rewards/rejected"):
-        assert float(metrics[name]) == pytest.approx(float(expected[name]), rel=1e-5)
-    close(many, one)
-
-
 def test_later_log_probs_see_the_observation():
     t = trajectories()[0]
     place = int(np.flatnonzero(t.roles == Role.OBSERVATION)[3])

@@ -18,8 +18,9 @@ from plan_step import Setup, batch_rows, shapes_of_state
 from mdpo_jax.model import attention, transformer
 
 
-def dense(q_BTHK, k_BSGK, v_BSGK, segments_BT, *, scale, window, softcap):
+def dense(q_BTHK, k_BSGK, v_BSGK, segments_BT, *, scale, window, softcap, prefix=None):
     """Attention with all scores at once."""
+    del prefix  # there is none
     length, heads = q_BTHK.shape[1:3]
     k, v = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in (k_BSGK, v_BSGK))
     scores = jnp.einsum("bthk,bshk->bhts", q_BTHK, k, preferred_element_type=jnp.float32) * scale

@@ -18,7 +18,7 @@ from mdpo_jax.config import Config
 from mdpo_jax.data.packing import FEWEST_MICROS
 from mdpo_jax.model import families, lora, sharding
 from mdpo_jax.model.families import ModelConfig
-from mdpo_jax.model.kernels import choose
+from mdpo_jax.model.kernels import choose, sees_prefixes
 from mdpo_jax.model.lora import Lora
 from mdpo_jax.training.losses import Forward, Objective
 from mdpo_jax.training.state import Optimiser, TrainState, state_shardings
@@ -66,7 +66,8 @@ class Setup:
             # cuDNN builds its kernels with the card at hand; the blocks of scores that the
             # reference keeps in their place make the plan an upper bound.
             backend = "reference" if backend == "cudnn" else backend
-        return Forward(m.dtype, m.remat, t.logprob_chunk, backend)
+        shared = t.shared_prompts == "auto" and sees_prefixes(backend, self.platform)
+        return Forward(m.dtype, m.remat, t.logprob_chunk, backend, shared)
 
     @property
     def optimiser(self) -> Optimiser:
@@ -111,6 +112,7 @@ def batch(setup: Setup) -> dict[str, Any]:
     shapes: dict[str, tuple[int, ...]] = {
         **dict.fromkeys(("chosen", "rejected", "pair_mask", "margin"), (micros, slots // 2)),
         **dict.fromkeys(("correct", "sequence_mask"), (micros, slots)),
+        "prefixes": (*tokens, 2),
     }
     whole = {"weights", "reference", "pair_mask", "margin", "correct", "sequence_mask"}
     rows = _everywhere(setup)
@@ -119,7 +121,7 @@ def batch(setup: Setup) -> dict[str, Any]:
     out = {}
     for field in dataclasses.fields(PackedBatch):
         shape = shapes.get(field.name, tokens)
-        place = rows if len(shape) == 3 else _everywhere(setup)
+        place = rows if len(shape) >= 3 else _everywhere(setup)
         dtype = jnp.float32 if field.name in whole else jnp.int32
         out[field.name] = jax.ShapeDtypeStruct(shape, dtype, sharding=place)
     return out

@@ -49,12 +49,14 @@ class Objective:
 
 @dataclasses.dataclass(frozen=True)
 class Forward:
-    """How the trainer runs the model: compute type, remat policy, head chunk, attention backend."""
+    """How the trainer runs the model: compute type, remat policy, head chunk, attention backend, and
+    whether batches hold segments that go on from a shared prompt."""
 
     dtype: str = "float32"
     remat: str = "none"
     logprob_chunk: int = 2048
     attention: str = "auto"
+    shared_prompts: bool = False
 
 
 def scored(
@@ -69,6 +71,7 @@ def scored(
     """
     hidden = transformer.hidden_states(
         config, params, micro["tokens"], micro["positions"], micro["segments"],
+        micro["prefixes"] if forward.shared_prompts else None,
         dtype=jnp.dtype(forward.dtype), remat=forward.remat, backend=forward.attention,
     )  # fmt: skip
     table, *pins = sharding.head(transformer.unembedding(params))

@@ -48,7 +48,7 @@ def put(batch: PackedBatch, mesh: Mesh | None) -> Arrays:
     rows = sharding.batch_sharding(mesh, leading=1)
     replicated = NamedSharding(mesh, PartitionSpec())
     return {
-        name: hosts.place(value, rows if value.ndim == 3 else replicated)
+        name: hosts.place(value, rows if value.ndim >= 3 else replicated)
         for name, value in arrays.items()
     }
 
@@ -230,7 +230,8 @@ def make_scorer(config: ModelConfig, forward: Forward):
 
     def score(params: Any, batch: Arrays) -> Float[Array, "micros rows length"]:
         def one(index, values):
-            micro = {name: batch[name][index] for name in ("tokens", "positions", "segments")}
+            used = ("tokens", "positions", "segments", "prefixes")
+            micro = {name: batch[name][index] for name in used}
             return values.at[index].set(log_probs(config, forward, params, micro))
 
         nothing = jnp.zeros(batch["tokens"].shape, jnp.float32)

@@ -1,8 +1,8 @@
 """Loss and gradients of the step against a naive float64 one, in every way in which it computes them.
 
-Layouts (a sequence a row | packed | with shared prompts; one micro-batch | several) run through one
-program each of remat policy and mesh; head chunk, attention and where the reference is scored are spread over these, each
-with every other.  The whole product is `slow`.
+Layouts (a sequence a row, packed, with shared prompts; one micro-batch or several) run through one
+program each of remat policy and mesh; head chunk, attention and where the reference is scored are
+spread over these, each with every other.  The whole product is `slow`.
 """
 
 import itertools

@@ -46,7 +46,7 @@ def _train(config: Config) -> None:
         from mdpo_jax import hosts
     hosts.connect(config.mesh.hosts)  # before anything below looks for devices
     with interrupts_held():
-        from mdpo_jax.pipeline import exporting, loop, summary
+        from mdpo_jax.pipeline import exporting, loop, stages, summary
         from mdpo_jax.reporting.console import results_table
 
     console = Console()
@@ -67,6 +67,9 @@ def _train(config: Config) -> None:
     chosen = results["chosen_iteration"]
     if is_smoke(config):
         console.print(f"[bold]{NOTE}[/bold]")
+    for folder_name in ("sft", "iteration-*/train"):
+        for trace in sorted(config.directory.glob(f"{folder_name}/{stages.PROFILE}")):
+            console.print(f"profile {trace}")
     console.print(f"results {config.directory / 'results.json'}")
     console.print(f"export  {folder} (iteration {chosen}, the best on dev)\nreport  {page}")
 

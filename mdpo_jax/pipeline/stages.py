@@ -24,12 +24,15 @@ from mdpo_jax.pipeline.evaluation import Advance
 from mdpo_jax.pipeline.examples import examples
 from mdpo_jax.pipeline.kept import keeper
 from mdpo_jax.pipeline.reference import Sources, checked, identity
-from mdpo_jax.reporting.metrics import MetricsWriter
+from mdpo_jax.reporting import speed
+from mdpo_jax.reporting.metrics import MetricsWriter, read_metrics
 from mdpo_jax.training.losses import Objective
+from mdpo_jax.training.meter import Trace
 from mdpo_jax.training.step import Fixed
 from mdpo_jax.training.trainer import Plan, shuffled
 from mdpo_jax.types import Problem, Role
 
+METRICS, PROFILE = "metrics.jsonl", "profile"
 _log = logging.getLogger(__name__)
 _COMPARED = 32  # trajectories whose log-probs by sampler and trainer are compared
 
@@ -173,14 +176,15 @@ def sft(context: Context, folder: Path, advance: Advance) -> dict[str, Any]:
         others(step, params)
 
     trainer = context.trainer(sft=True)
-    with _recorded(folder, advance) as report:
+    with _recorded(folder, advance) as report, _traced(context, folder) as trace:
         final = trainer.fit(
             params, batches, plan, Objective("likelihood"), fixed=Fixed(base), report=report,
-            keep=keep,
+            keep=keep, trace=trace,
         )  # fmt: skip
     kept.save(folder / PARAMS, final, base)
     return {
         "steps": settings.steps,
+        "speed": _speed(folder),
         "demonstrations": len(parts[-1][1]),
         "policy": kept.identity(final, base),
     }
@@ -249,11 +253,11 @@ def train(
         reference, under = kept.trainable(of[0][0])
         checked(kept.whole(reference, under), of[0][0])
     trainer = context.trainer()
-    with _recorded(folder, advance) as record:
+    with _recorded(folder, advance) as record, _traced(context, folder) as trace:
         report = _alarmed(record, config.train.displacement_alarm, folder)
         final = trainer.fit(
             params, data.batches(seed), data.plan, data.objective, fixed=Fixed(base, reference),
-            check_step_zero=at_reference, report=report,
+            check_step_zero=at_reference, report=report, trace=trace,
             keep=keeper(context, folder, data.plan.steps, base),
         )  # fmt: skip
     kept.save(folder / PARAMS, final, base)
@@ -261,6 +265,7 @@ def train(
         "method": config.method,
         "steps": data.plan.steps,
         "compilations": trainer.compilations(data.objective),
+        "speed": _speed(folder),
         "policy": kept.identity(final, base),
         "sampler_trainer": apart,
     }
@@ -315,7 +320,7 @@ def _recorded(folder: Path, advance: Advance) -> Iterator[Callable[[int, dict[st
     if not hosts.first():
         yield lambda step, values: advance(1)
         return
-    path = folder / "metrics.jsonl"
+    path = folder / METRICS
     path.unlink(missing_ok=True)
     with MetricsWriter(path) as metrics:
 
@@ -324,3 +329,14 @@ def _recorded(folder: Path, advance: Advance) -> Iterator[Callable[[int, dict[st
             advance(1)
 
         yield report
+
+
+def _traced(context: Context, folder: Path) -> Trace:
+    """Of the first process alone: each sees its own devices, and they do the same."""
+    wanted = context.config.profile == "steps" and hosts.first()
+    return Trace(folder / PROFILE if wanted else None)
+
+
+def _speed(folder: Path) -> dict[str, float]:
+    """How fast a stage trained, from its metrics; the first process alone knows."""
+    return speed.summary(read_metrics(folder / METRICS)) if hosts.first() else {}

@@ -18,6 +18,7 @@ from mdpo_jax.data.packing import Item, Layout, pack, unpack
 from mdpo_jax.model.families import ModelConfig
 from mdpo_jax.model.lora import Lora
 from mdpo_jax.training.losses import Forward, Objective
+from mdpo_jax.training.meter import UNTRACED, Meter, Trace
 from mdpo_jax.training.state import Optimiser, init_state, schedule
 from mdpo_jax.training.step import NOTHING, Fixed, make_scorer, make_step, put
 from mdpo_jax.training.value import Joint, init_head
@@ -53,7 +54,7 @@ class Trainer:
 
     def fit(
         self, params: Any, batches: Iterator[Groups], plan: Plan, objective: Objective, *,
-        fixed: Fixed = NOTHING, check_step_zero: bool = False,
+        fixed: Fixed = NOTHING, check_step_zero: bool = False, trace: Trace = UNTRACED,
         report: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
         keep: Callable[[int, Any], None] = lambda step, params: None,
     ) -> Any:  # fmt: skip
@@ -61,25 +62,32 @@ class Trainer:
 
         Where the optimiser keeps an average of them, that average, here and for `keep`.
         report(step, metrics) after each step; keep(step, params) may copy them.  A metric without a
-        value in a batch (the mean of a class that it lacks) is left out.  Raises StepZeroError
+        value in a batch (the mean of a class that it lacks) is left out.  trace: of a few of the
+        steps.  Raises StepZeroError
         before anything is kept if `check_step_zero` and the first log-ratios are not 0.
         """
         step = self._step(objective)
         rate = schedule(plan.learning_rate, plan.warmup_steps, plan.steps, plan.final_lr_fraction)
         state = init_state(self._with_head(objective, params), self.optimiser)
+        meter = self._meter(objective, fixed, step)
         for index in range(plan.steps):
             groups = next(batches)
             batch = pack(groups, self.layout)
-            with self._on_mesh():
+            with self._on_mesh(), trace.step(index, plan.steps):
                 arrays, now = put(batch, self.mesh), np.float32(rate(index))
-                state, metrics = step(state, arrays, now, fixed, self._mismatched(groups))
-            values = {name: float(value) for name, value in metrics.items()}
+                mismatched = self._mismatched(groups)
+                meter.begin()
+                state, metrics = step(state, arrays, now, fixed, mismatched)
+                meter.called()
+                values = {name: float(value) for name, value in metrics.items()}
+            speed = meter.end(batch)
             if index == 0 and check_step_zero:
                 self._check(objective, values)
             if not math.isfinite(values["loss"]):
                 raise FloatingPointError(f"step {index}: the loss is {values['loss']}")
             values = {name: value for name, value in values.items() if not math.isnan(value)}
-            report(index, values | {"fill": batch.fill, "action_share": batch.action_share})
+            shares = {"fill": batch.fill, "action_share": batch.action_share}
+            report(index, values | shares | speed)
             keep(index + 1, _policy(state.kept))
         return _policy(state.kept)
 
@@ -125,6 +133,12 @@ class Trainer:
         return make_step(
             self.config, self.forward, objective, self.optimiser, self.mesh, self.adapter
         )
+
+    def _meter(self, objective: Objective, fixed: Fixed, step: Any) -> Meter:
+        return Meter(
+            self.config, objective, adapter=self.adapter, reference=fixed.reference is not None,
+            devices=1 if self.mesh is None else self.mesh.size, programs=step._cache_size,
+        )  # fmt: skip
 
     def _on_mesh(self) -> contextlib.AbstractContextManager:
         """Inside, activations are pinned to the mesh (model/sharding.py)."""

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from mdpo_jax.config import Config
 from mdpo_jax.doors import EXIT_FAILED, EXIT_OK, interrupts_held, run_door
+from mdpo_jax.host_memory import keep_freed
 from mdpo_jax.smoke import NOTE, is_smoke
 
 
@@ -40,6 +41,7 @@ def _several() -> bool:
 
 
 def _train(config: Config) -> None:
+    keep_freed()  # before jax is there
     with interrupts_held():
         from rich.console import Console
 

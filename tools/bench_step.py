@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 from bench_pairs import BenchPair, Lap, figures, make_pairs, rounded
 
+from mdpo_jax.host_memory import keep_freed
 from mdpo_jax.learning import OptimiserName
 
 SIZES = {
@@ -47,7 +48,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=1, help="steps left out of the figures")
     parser.add_argument("--max-len", type=int, default=1024, help="of a sequence, and of a row")
     parser.add_argument("--rows", type=int, default=1, help="of a micro-batch")
-    parser.add_argument("--lengths", type=int, default=10, help="row lengths to choose from; 1: the "
+    parser.add_argument("--lengths", type=int, default=20, help="row lengths to choose from; 1: the "
                         "longest for every step")  # fmt: skip
     parser.add_argument(
         "--apart", action="store_true", help="both sides with a prompt of their own"
@@ -105,10 +106,10 @@ def sides(pair: BenchPair) -> tuple[Any, Any]:
 
 
 def row_lengths(max_len: int, count: int) -> list[int]:
-    """`count` lengths in even steps of 128s; the longest holds both sides of any pair."""
-    most = -(-2 * max_len // 128)
+    """`count` lengths in even steps of 64s; the longest holds both sides of any pair."""
+    most = -(-2 * max_len // 64)
     step = max(1, most // (2 * count))
-    return [128 * n for n in range(most, most // 2 - 2, -step)][:count][::-1]
+    return [64 * n for n in range(most, most // 2 - 3, -step)][:count][::-1]
 
 
 def measure(options: argparse.Namespace, config: Any, params: Any) -> dict[str, Any]:
@@ -174,6 +175,7 @@ def main(given: Sequence[str] | None = None) -> None:
     from mdpo_jax.model.families import count_params
 
     options = arguments(given)
+    keep_freed()  # as the train door does
     config, params = model(options)
     line = {
         "bench": "dpo_step", "peer": "mdpo_jax", "size": options.size,

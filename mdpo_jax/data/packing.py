@@ -5,12 +5,16 @@
 
 A pair's two sides lie anywhere in one micro-batch and are addressed by their sequence slot, so no
 pair needs a row of its own.  Over-long sequences are the caller's to drop and count.
+
+With `shared_prompts` a pair's prompt is there once, and both sides go on from it in one row:
+
+    | prompt prompt | seq 1 seq 1 seq 1 | seq 2 seq 2 |      seq 2 sees the prompt and itself
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +22,7 @@ import numpy as np
 from mdpo_jax.types import PART_OF_ROLE, MaskName, PackedBatch, Pair, Trajectory, loss_mask
 
 FEWEST_MICROS = 4
+_PER_TOKEN = ("tokens", "weights", "reference", "turns", "parts")
 
 
 class Item(NamedTuple):
@@ -40,11 +45,15 @@ class Item(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The fixed shape of a micro-batch: rows of row_length tokens, and slots for sequences."""
+    """The fixed shape of a micro-batch: rows of row_length tokens, and slots for sequences.
+
+    shared_prompts: a pair's sides go on from one prompt where they fit into one row.
+    """
 
     rows: int
     row_length: int
     sequences: int
+    shared_prompts: bool = False
 
     def __post_init__(self) -> None:
         if min(self.rows, self.row_length, self.sequences) < 1:
@@ -110,6 +119,33 @@ def pack(groups: Sequence[Sequence[Item]], layout: Layout) -> PackedBatch:
     skips empty ones.  Raises ValueError for a sequence longer than a row or a group that no empty
     micro-batch can hold.
     """
+    micros = _micros(groups, layout)
+    count = max(FEWEST_MICROS, 1 << (max(1, len(micros)) - 1).bit_length())
+    micros += [_Micro(layout) for _ in range(count - len(micros))]
+    return PackedBatch(
+        **{
+            field.name: np.stack([getattr(micro, field.name) for micro in micros])
+            for field in dataclasses.fields(PackedBatch)
+        }
+    )
+
+
+def fitted(groups: Sequence[Sequence[Item]], layout: Layout, lengths: Sequence[int]) -> Layout:
+    """The layout, with the one of these row lengths by which the groups take the fewest tokens with
+    padding; of equal ones the shortest.  Raises ValueError, as `pack`, if none holds them."""
+    found, refused = [], None
+    for length in sorted(lengths):
+        shape = dataclasses.replace(layout, row_length=length)
+        try:
+            found.append((len(_micros(groups, shape)) * length, length, shape))
+        except ValueError as error:
+            refused = error
+    if refused is not None and not found:
+        raise refused
+    return min(found)[2]
+
+
+def _micros(groups: Sequence[Sequence[Item]], layout: Layout) -> list[_Micro]:
     order = sorted(range(len(groups)), key=lambda g: (-sum(len(i.ids) for i in groups[g]), g))
     micros: list[_Micro] = []
     for g in order:
@@ -121,27 +157,47 @@ def pack(groups: Sequence[Sequence[Item]], layout: Layout) -> PackedBatch:
                     f"packing: sequences of {lengths} tokens do not fit into {layout.rows} rows of "
                     f"{layout.row_length} tokens; drop them or raise train.row_length"
                 )
-    count = max(FEWEST_MICROS, 1 << (max(1, len(micros)) - 1).bit_length())
-    micros += [_Micro(layout) for _ in range(count - len(micros))]
-    return PackedBatch(
-        **{
-            field.name: np.stack([getattr(micro, field.name) for micro in micros])
-            for field in dataclasses.fields(PackedBatch)
-        }
-    )
+    return micros
 
 
 def unpack(values: np.ndarray, batch: PackedBatch) -> dict[int, np.ndarray]:
-    """Per-token values [M R L] of a packed batch by global sequence slot (micro * S + slot)."""
+    """Per-token values [M R L] of a packed batch by global sequence slot (micro * S + slot), without
+    those of shared prompts."""
     slots = batch.sequence_mask.shape[1]
     out = {}
     for m in range(len(batch.tokens)):
         rows, columns = np.nonzero(batch.segments[m])
         segment = batch.segments[m, rows, columns]
-        for s in np.unique(segment):
+        for s in np.unique(segment[segment <= slots]):
             here = segment == s
             out[m * slots + int(s) - 1] = values[m, rows[here], columns[here]]
     return out
+
+
+def shared_prompt(chosen: Item, rejected: Item) -> int:
+    """How many first tokens of both sides can be there once: all of the common prompt but its last.
+
+    None of them counts in a loss; the last stays in either side, for the next token is predicted from
+    its state, and these differ.
+    """
+    count = min(len(chosen.ids), len(rejected.ids))
+    differs = chosen.ids[:count] != rejected.ids[:count]
+    for side in (chosen, rejected):
+        differs |= side.weights[:count] != 0
+        differs |= np.broadcast_to(side.turns, side.ids.shape)[:count] != 0
+    same = int(np.argmax(differs)) if differs.any() else count
+    return max(0, same - 1)
+
+
+class _Piece(NamedTuple):
+    """Tokens `start` to `stop` of an item, of one segment; prefix: how many pieces before, in its
+    block, is what it goes on from, 0 for nothing."""
+
+    entry: Item
+    segment: int
+    start: int
+    stop: int
+    prefix: int = 0
 
 
 class _Micro:
@@ -149,6 +205,8 @@ class _Micro:
 
     def __init__(self, layout: Layout):
         shape = (layout.rows, layout.row_length)
+        self._layout = layout
+        self.prefixes = np.zeros((*shape, 2), np.int32)
         self.tokens, self.segments, self.positions = (np.zeros(shape, np.int32) for _ in range(3))
         self.turns, self.parts = (np.zeros(shape, np.int32) for _ in range(2))
         self.weights, self.reference = (np.zeros(shape, np.float32) for _ in range(2))
@@ -162,26 +220,55 @@ class _Micro:
 
     def add(self, group: Sequence[Item]) -> bool:
         """Place a whole group, or nothing and return False."""
-        used, places = self._used.copy(), []
-        for entry in group:
-            room = np.flatnonzero(used + len(entry.ids) <= self.tokens.shape[1])
-            if not len(room):
-                return False
-            places.append((int(room[0]), int(used[room[0]])))
-            used[room[0]] += len(entry.ids)
         first = int(self.sequence_mask.sum())
         if first + len(group) > len(self.sequence_mask):
             return False
-        for slot, (entry, (row, start)) in enumerate(zip(group, places, strict=True), first):
-            here = (row, slice(start, start + len(entry.ids)))
-            self.tokens[here], self.segments[here] = entry.ids, slot + 1
-            self.positions[here] = np.arange(len(entry.ids))
-            self.weights[here], self.reference[here] = entry.weights, entry.reference
-            self.turns[here], self.parts[here] = entry.turns, entry.parts
+        if not any(self._place(blocks) for blocks in self._ways(group, first)):
+            return False
+        for slot, entry in enumerate(group, first):
             self.sequence_mask[slot], self.correct[slot] = 1, entry.correct
         if len(group) == 2:
             pair = int(self.pair_mask.sum())
             self.chosen[pair], self.rejected[pair], self.pair_mask[pair] = first, first + 1, 1
             self.margin[pair] = group[1].term_c - group[0].term_c
+        return True
+
+    def _ways(self, group: Sequence[Item], first: int) -> Iterator[list[list[_Piece]]]:
+        """How a group may lie, the best first; each block of pieces is in one row."""
+        whole = [_Piece(entry, first + i + 1, 0, len(entry.ids)) for i, entry in enumerate(group)]
+        if self._layout.shared_prompts and len(group) == 2 and (common := shared_prompt(*group)):
+            prompt = _Piece(group[0], len(self.sequence_mask) + first + 1, 0, common)
+            sides = [p._replace(start=common, prefix=i) for i, p in enumerate(whole, 1)]
+            yield [[prompt, *sides]]
+        yield [[piece] for piece in whole]
+
+    def _place(self, blocks: list[list[_Piece]]) -> bool:
+        """Every block into the first row with room, or nothing and False."""
+        used, places = self._used.copy(), []
+        for block in blocks:
+            size = sum(piece.stop - piece.start for piece in block)
+            room = np.flatnonzero(used + size <= self._layout.row_length)
+            if not len(room):
+                return False
+            places.append((int(room[0]), int(used[room[0]])))
+            used[room[0]] += size
+        for block, (row, start) in zip(blocks, places, strict=True):
+            self._write(block, row, start)
         self._used = used
         return True
+
+    def _write(self, block: list[_Piece], row: int, start: int) -> None:
+        written: list[tuple[int, int]] = []
+        for piece in block:
+            entry, cut = piece.entry, slice(piece.start, piece.stop)
+            stop = start + piece.stop - piece.start
+            here = (row, slice(start, stop))
+            self.segments[here] = piece.segment
+            self.positions[here] = np.arange(piece.start, piece.stop)
+            per_token = entry.ids, entry.weights, entry.reference, entry.turns, entry.parts
+            for name, values in zip(_PER_TOKEN, per_token, strict=True):
+                getattr(self, name)[here] = values if isinstance(values, int) else values[cut]
+            if piece.prefix:
+                self.prefixes[here] = written[-piece.prefix]
+            written.append((start, stop))
+            start = stop

@@ -88,7 +88,7 @@ def run(name, folder, capsys, *more):
     stages = ("rollout", "pairs", "reference", "train", "train-dev", "train-test")
     done = {s: json.loads((folder / f"iteration-{last}/{s}/done.json").read_text()) for s in stages}
     assert done["train"]["steps"] > 0
-    assert done["train"]["speed"]["compile_s"] > 0
+    assert done["train"]["speed"]["fill"] > 0
     assert results["compilations"]["step"] == 1
     assert "Speed of training" in (folder / "report" / "index.html").read_text()
     exported = json.loads((folder / "export" / "config.json").read_text())

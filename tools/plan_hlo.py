@@ -153,6 +153,10 @@ def collectives(
     for name, body in found.items():
         for i in body:
             kind = i.opcode.removesuffix("-start")
+            if i.opcode == "send" and "megascale" in i.rest and times[name]:
+                # TPU slices: a program of one slice each, with what leaves it as host transfers.
+                sent = (slices - 1) * _sent("collective-permute", i, 2) * times[name]
+                seen["send", f"{name}/{i.name}"] = Traffic(times[name], sent, sent)
             if kind not in KINDS or not times[name]:
                 continue
             groups = _groups(i.rest, devices)
@@ -174,7 +178,7 @@ def _sent(kind: str, i: Instruction, size: int) -> float:
     arrays = [
         math.prod(map(int, filter(None, dims.split(",")))) * SIZES.get(name, 1)
         for name, dims in _ARRAY.findall(i.shape)
-        if dims or not i.opcode.endswith("-start")  # the scalars of an async pair are its own
+        if dims or not i.opcode.endswith(("-start", "send"))  # their scalars are their own
     ]
     total, share = sum(arrays), (size - 1) / size
     if i.opcode == "collective-permute-start":  # (input, output)

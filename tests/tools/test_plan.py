@@ -113,6 +113,17 @@ def test_a_loop_without_a_known_count_is_read_from_its_condition_and_step():
     assert plan_hlo.collectives(UNROLLED, 100, 2) == {"collective-permute": (4, 4 * 16, 0)}
 
 
+def test_what_slices_send_each_other_is_found_in_a_slices_own_program():
+    sends = """  %k = token[] after-all()
+  %n = (bf16[8]{0}, u32[], token[]) send(%x, %k), is_host_transfer=true, \
+frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}
+"""
+    text = UNROLLED.replace("  %d = bf16", sends + "  %d = bf16")
+    found = plan_hlo.collectives(text, devices=4, slices=2)
+    assert found["send"] == (4, 4 * 16, 4 * 16)
+    assert found["collective-permute"] == (4, 4 * 16, 0)
+
+
 @pytest.mark.parametrize(
     "spelling",
     [

@@ -75,6 +75,8 @@ def get_config() -> Config:
             beta2=0.98,
             rows=10,
             row_length=160,
+            layout="fixed",
+            save_every=0,
         ),
         raft=Raft(per_problem=8, learning_rate=4e-4, epochs=1, batch=32, max_steps=90),
         evaluate=Evaluate(pass_samples=8, pass_problems=128),

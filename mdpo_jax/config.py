@@ -426,9 +426,10 @@ class Config:
 
     def deciding(self) -> dict[str, Any]:
         """`as_dict` without what does not decide the results: where the run, its processes and its
-        servers are, and whether it is profiled."""
+        servers are, whether it is profiled, and how often its state is written."""
         fields = self.as_dict()
         del fields["workdir"], fields["profile"], fields["mesh"]["hosts"]
+        del fields["train"]["save_every"]
         for name in TRANSPORT:
             del fields["rollout"][name]
         return fields

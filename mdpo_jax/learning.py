@@ -34,7 +34,12 @@ class Train:
     shared_prompts: `auto` has a pair's prompt there once, and both sides go on from it, where they fit
     into one row and the attention kernel can (not on TPU); the loss is the same.
     rows x row_length tokens form a micro-batch; a step takes as many as its pairs need.  rows is
-    rounded up to what mesh.data x mesh.fsdp divides.
+    rounded up to what mesh.data x mesh.fsdp divides; row_length bounds a sequence.
+    layout: `fitted` chooses for each stage fewer rows or tokens a row, as its data fill them best (a
+    few longer rows may be among the choices, never more memory); `fixed` takes them as they are.
+    save_every: steps of a stage, this or the warm-up, after which its whole state is written, so that
+    a rerun goes on from there (two such on disk for a moment: adamw takes 12 bytes a parameter
+    each); 0 never.
     """
 
     eta: float = 0.1
@@ -69,10 +74,12 @@ class Train:
     rows: int = 8
     row_length: int = 4096
     logprob_chunk: int = 2048
+    layout: Literal["fitted", "fixed"] = "fitted"
+    save_every: int = 100
 
     def __post_init__(self) -> None:
         above_zero("train", self, "eta", "learning_rate", "clip")
-        at_least(0, "train", self, "max_steps", "warmup_steps", "weight_decay")
+        at_least(0, "train", self, "max_steps", "warmup_steps", "weight_decay", "save_every")
         at_least(0, "train", self, "observation_ce_weight", "displacement_alarm")
         above_zero("train", self, "lambda_correct", "lambda_wrong")
         share("train", self, "mixture")

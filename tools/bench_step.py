@@ -116,7 +116,8 @@ def measure(options: argparse.Namespace, config: Any, params: Any) -> dict[str, 
     """Run the steps; the fields that depend on them."""
     import jax
 
-    from mdpo_jax.data.packing import Layout, fitted, pack
+    from mdpo_jax.data.fitting import best_length
+    from mdpo_jax.data.packing import Layout, pack
     from mdpo_jax.model.kernels import sees_prefixes
     from mdpo_jax.training.losses import Forward, Objective
     from mdpo_jax.training.state import Optimiser, init_state
@@ -147,7 +148,7 @@ def measure(options: argparse.Namespace, config: Any, params: Any) -> dict[str, 
     size_before = step._cache_size()  # pyright: ignore[reportAttributeAccessIssue]
     state, laps, first = init_state(params, optimiser), [], None
     steps = [slice(index * size, (index + 1) * size) for index in range(count)]
-    layouts = [fitted(groups[here], layout, lengths) for here in steps]
+    layouts = [best_length(groups[here], layout, lengths) for here in steps]
     for shape in set(layouts):  # compiled before the clock starts, as a run's first steps do
         here = steps[layouts.index(shape)]
         spare = init_state(copy_params(params), optimiser)

@@ -14,11 +14,12 @@ With `shared_prompts` a pair's prompt is there once, and both sides go on from i
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from mdpo_jax.data.bins import arrange
 from mdpo_jax.types import PART_OF_ROLE, MaskName, PackedBatch, Pair, Trajectory, loss_mask
 
 FEWEST_MICROS = 4
@@ -114,14 +115,17 @@ def mismatched(prompt: Trajectory, completion: Trajectory, length: int) -> Traje
 def pack(groups: Sequence[Sequence[Item]], layout: Layout) -> PackedBatch:
     """Pack groups that must share a micro-batch: pairs as (chosen, rejected), or single sequences.
 
-    First fit, longest group first, into rows and then into as many micro-batches as it takes; the
-    micro-batch axis is padded to a power of two, 4 at least, so that few shapes occur; the step
-    skips empty ones.  Raises ValueError for a sequence longer than a row or a group that no empty
-    micro-batch can hold.
+    Where each sequence lies is `bins.arrange`'s; the micro-batch axis is padded to a power of two, 4
+    at least, so that few shapes occur; the step skips empty ones.  Raises ValueError for a sequence
+    longer than a row or a group that no empty micro-batch can hold.
     """
-    micros = _micros(groups, layout)
-    count = max(FEWEST_MICROS, 1 << (max(1, len(micros)) - 1).bit_length())
-    micros += [_Micro(layout) for _ in range(count - len(micros))]
+    sizes = [pieces(group, layout) for group in groups]
+    found = arrange(sizes, layout.rows, layout.row_length, layout.sequences)
+    count = max(FEWEST_MICROS, 1 << (max(1, len(found)) - 1).bit_length())
+    micros = [_Micro(layout) for _ in range(count)]
+    for micro, places in zip(micros, found, strict=False):
+        for g, rows in places:
+            micro.add(groups[g], rows)
     return PackedBatch(
         **{
             field.name: np.stack([getattr(micro, field.name) for micro in micros])
@@ -130,34 +134,27 @@ def pack(groups: Sequence[Sequence[Item]], layout: Layout) -> PackedBatch:
     )
 
 
-def fitted(groups: Sequence[Sequence[Item]], layout: Layout, lengths: Sequence[int]) -> Layout:
-    """The layout, with the one of these row lengths by which the groups take the fewest tokens with
-    padding; of equal ones the shortest.  Raises ValueError, as `pack`, if none holds them."""
-    found, refused = [], None
-    for length in sorted(lengths):
-        shape = dataclasses.replace(layout, row_length=length)
-        try:
-            found.append((len(_micros(groups, shape)) * length, length, shape))
-        except ValueError as error:
-            refused = error
-    if refused is not None and not found:
-        raise refused
-    return min(found)[2]
+def pieces(group: Sequence[Item], layout: Layout | None = None) -> list[int]:
+    """Tokens that each sequence of a group needs in a row; of two that go on from a prompt, the first
+    needs what both do, and the second none.  layout: none shares no prompt."""
+    sizes = [len(entry.ids) for entry in group]
+    common = 0 if layout is None else _common(group, layout)
+    return [sum(sizes) - common, 0] if common else sizes
 
 
-def _micros(groups: Sequence[Sequence[Item]], layout: Layout) -> list[_Micro]:
-    order = sorted(range(len(groups)), key=lambda g: (-sum(len(i.ids) for i in groups[g]), g))
-    micros: list[_Micro] = []
-    for g in order:
-        if not any(micro.add(groups[g]) for micro in micros):
-            micros.append(_Micro(layout))
-            if not micros[-1].add(groups[g]):
-                lengths = [len(i.ids) for i in groups[g]]
-                raise ValueError(
-                    f"packing: sequences of {lengths} tokens do not fit into {layout.rows} rows of "
-                    f"{layout.row_length} tokens; drop them or raise train.row_length"
-                )
-    return micros
+def _common(group: Sequence[Item], layout: Layout) -> int:
+    """Tokens of the prompt that a pair shares in this layout; 0 where it has two."""
+    if not layout.shared_prompts or len(group) != 2:
+        return 0
+    common = shared_prompt(*group)
+    return common if sum(pieces(group)) - common <= layout.row_length else 0
+
+
+def longest(groups: Sequence[Sequence[Item]]) -> int:
+    """Tokens of the longest sequence, stand-ins included; what a row must hold."""
+    entries = [entry for group in groups for entry in group]
+    beside = [entry.mismatched for entry in entries if entry.mismatched is not None]
+    return max(len(entry.ids) for entry in (*entries, *beside))
 
 
 def unpack(values: np.ndarray, batch: PackedBatch) -> dict[int, np.ndarray]:
@@ -218,47 +215,27 @@ class _Micro:
         )
         self._used = np.zeros(layout.rows, np.int64)
 
-    def add(self, group: Sequence[Item]) -> bool:
-        """Place a whole group, or nothing and return False."""
+    def add(self, group: Sequence[Item], rows: Sequence[int]) -> None:
+        """Place a group, each sequence behind what is in its row."""
         first = int(self.sequence_mask.sum())
-        if first + len(group) > len(self.sequence_mask):
-            return False
-        if not any(self._place(blocks) for blocks in self._ways(group, first)):
-            return False
+        whole = [_Piece(entry, first + i + 1, 0, len(entry.ids)) for i, entry in enumerate(group)]
+        if common := _common(group, self._layout):
+            prompt = _Piece(group[0], len(self.sequence_mask) + first + 1, 0, common)
+            sides = [piece._replace(start=common, prefix=i) for i, piece in enumerate(whole, 1)]
+            self._write([prompt, *sides], rows[0])
+        else:
+            for piece, row in zip(whole, rows, strict=True):
+                self._write([piece], row)
         for slot, entry in enumerate(group, first):
             self.sequence_mask[slot], self.correct[slot] = 1, entry.correct
         if len(group) == 2:
             pair = int(self.pair_mask.sum())
             self.chosen[pair], self.rejected[pair], self.pair_mask[pair] = first, first + 1, 1
             self.margin[pair] = group[1].term_c - group[0].term_c
-        return True
 
-    def _ways(self, group: Sequence[Item], first: int) -> Iterator[list[list[_Piece]]]:
-        """How a group may lie, the best first; each block of pieces is in one row."""
-        whole = [_Piece(entry, first + i + 1, 0, len(entry.ids)) for i, entry in enumerate(group)]
-        if self._layout.shared_prompts and len(group) == 2 and (common := shared_prompt(*group)):
-            prompt = _Piece(group[0], len(self.sequence_mask) + first + 1, 0, common)
-            sides = [p._replace(start=common, prefix=i) for i, p in enumerate(whole, 1)]
-            yield [[prompt, *sides]]
-        yield [[piece] for piece in whole]
-
-    def _place(self, blocks: list[list[_Piece]]) -> bool:
-        """Every block into the first row with room, or nothing and False."""
-        used, places = self._used.copy(), []
-        for block in blocks:
-            size = sum(piece.stop - piece.start for piece in block)
-            room = np.flatnonzero(used + size <= self._layout.row_length)
-            if not len(room):
-                return False
-            places.append((int(room[0]), int(used[room[0]])))
-            used[room[0]] += size
-        for block, (row, start) in zip(blocks, places, strict=True):
-            self._write(block, row, start)
-        self._used = used
-        return True
-
-    def _write(self, block: list[_Piece], row: int, start: int) -> None:
-        written: list[tuple[int, int]] = []
+    def _write(self, block: Sequence[_Piece], row: int) -> None:
+        """Pieces beside each other, behind what is in the row."""
+        start, written = int(self._used[row]), []
         for piece in block:
             entry, cut = piece.entry, slice(piece.start, piece.stop)
             stop = start + piece.stop - piece.start
@@ -272,3 +249,4 @@ class _Micro:
                 self.prefixes[here] = written[-piece.prefix]
             written.append((start, stop))
             start = stop
+        self._used[row] = start

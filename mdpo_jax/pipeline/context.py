@@ -14,6 +14,8 @@ from mdpo_jax import hosts
 from mdpo_jax.chat import Chat
 from mdpo_jax.config import Config, ConfigError
 from mdpo_jax.data import synthetic
+from mdpo_jax.data.batches import Batches
+from mdpo_jax.data.fitting import fitted
 from mdpo_jax.data.packing import Layout
 from mdpo_jax.environment.interpreter import PythonInterpreter
 from mdpo_jax.environment.noisy import NoisyTool, with_wrong_number
@@ -235,12 +237,23 @@ class Context:
             self.adapter if c.model.path or not sft else None,
         )
 
+    def fitted(self, trainer: Trainer, batches: Batches, steps: int, longest: int) -> Trainer:
+        """With the layout of a stage's data, whose longest sequence has so many tokens."""
+        if self.config.train.layout == "fixed":
+            return trainer
+        layout = fitted(batches, steps, trainer.layout, self._ways, longest)
+        return dataclasses.replace(trainer, layout=layout)
+
+    @property
+    def _ways(self) -> int:
+        """What the mesh divides rows by."""
+        shape = self.mesh.shape if self.mesh is not None else {}
+        return shape.get("data", 1) * shape.get("fsdp", 1)
+
     @property
     def _rows(self) -> int:
         """train.rows, rounded up to what the mesh divides."""
-        shape = self.mesh.shape if self.mesh is not None else {}
-        ways = shape.get("data", 1) * shape.get("fsdp", 1)
-        return -(-self.config.train.rows // ways) * ways
+        return -(-self.config.train.rows // self._ways) * self._ways
 
     @functools.cached_property
     def adapter(self) -> Lora | None:

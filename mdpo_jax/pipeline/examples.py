@@ -14,6 +14,7 @@ from jaxtyping import Float
 
 from mdpo_jax.config import StepZeroError
 from mdpo_jax.data import packing, pairs, store
+from mdpo_jax.data.batches import Batches, Beside, Groups, Shuffled
 from mdpo_jax.data.packing import Item
 from mdpo_jax.data.parts import parts_of
 from mdpo_jax.objectives import turn_discount_weights
@@ -21,7 +22,7 @@ from mdpo_jax.pipeline import monte_carlo
 from mdpo_jax.pipeline.context import Context
 from mdpo_jax.pipeline.reference import MISMATCHED, PAIRS, ROLLOUTS
 from mdpo_jax.training.losses import Objective
-from mdpo_jax.training.trainer import Groups, Plan, shuffled
+from mdpo_jax.training.trainer import Plan
 from mdpo_jax.training.value import ValueTerm
 from mdpo_jax.types import Trajectory
 
@@ -35,14 +36,18 @@ class Examples:
     objective: Objective
     beside: Groups = ()
 
-    def batches(self, seed: int) -> Iterator[Groups]:
+    def batches(self, seed: int) -> Batches:
         """Endless; every epoch in a new order."""
-        main = shuffled(self.groups, self.plan.batch, seed)
+        main = Shuffled(self.groups, self.plan.batch, seed)
         if not self.beside:
             return main
         share = max(1, round(self.plan.batch * len(self.beside) / len(self.groups)))
-        more = shuffled(self.beside, share, seed)
-        return ([*some, *others] for some, others in zip(main, more, strict=False))
+        return Beside(main, Shuffled(self.beside, share, seed))
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return packing.longest([*self.groups, *self.beside])
 
 
 def examples(context: Context, folder: Path, reference: str, seed: int) -> Examples:

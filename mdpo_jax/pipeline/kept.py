@@ -8,13 +8,15 @@ from typing import Any
 
 from mdpo_jax.pipeline.context import PARAMS, Context
 
+Keep = Callable[[int, Callable[[], Any]], None]
+
 
 def path(folder: Path, share: float) -> Path:
     """Of the parameters after a share of a stage's steps; those at its end are the stage's own."""
     return folder / (PARAMS if share == 1 else f"{PARAMS}-{share:g}")
 
 
-def keeper(context: Context, folder: Path, steps: int, base: Any) -> Callable[[int, Any], None]:
+def keeper(context: Context, folder: Path, steps: int, base: Any) -> Keep:
     """A trainer's `keep` that saves what takes part in the next rollout; with no steps, call it at 0.
 
     base: under an adapter, None where every weight is trained.
@@ -26,8 +28,8 @@ def keeper(context: Context, folder: Path, steps: int, base: Any) -> Callable[[i
             if share < 1:
                 due.setdefault(max(1, round(share * steps)) if steps else 0, []).append(share)
 
-    def keep(step: int, params: Any) -> None:
+    def keep(step: int, params: Callable[[], Any]) -> None:
         for share in due.get(step, ()):
-            context.parameters.save(path(folder, share), params, base)
+            context.parameters.save(path(folder, share), params(), base)
 
     return keep

@@ -14,6 +14,7 @@ from mdpo_jax.pipeline import exploring, monte_carlo, reference, stages
 from mdpo_jax.pipeline.context import Context
 from mdpo_jax.pipeline.evaluation import Advance, correct, evaluate
 from mdpo_jax.pipeline.files import DONE, RESULTS, open_run, read_json, stage, write_json
+from mdpo_jax.pipeline.progress import finished
 from mdpo_jax.reporting.console import progress
 from mdpo_jax.reporting.metrics import paired_interval
 
@@ -24,8 +25,8 @@ def run(config: Config) -> dict[str, Any]:
     A run that has its results.json is finished: it is read and nothing is done again.
     """
     with open_run(config) as directory:
-        finished = directory / RESULTS
-        known = hosts.by_first(lambda: read_json(finished) if finished.exists() else None)
+        path = directory / RESULTS
+        known = hosts.by_first(lambda: read_json(path) if path.exists() else None)
         if known is not None:
             return known
         with contextlib.closing(Context(config, directory)) as context:
@@ -42,6 +43,7 @@ def _run(context: Context) -> dict[str, Any]:
     sft = directory / "sft"
     with _timed(context, "SFT", config.sft.steps) as advance:
         stage(sft, lambda f: stages.sft(context, f, advance))
+        finished(sft)
     rows = _evaluate(context, sft, "sft", 0, dev, "dev")
     policies = [sft / stages.EARLIER, sft / stages.PARAMS]
     for t in range(1, last + 1):
@@ -111,6 +113,7 @@ def _iterate(context: Context, folder: Path, t: int, policies: list[Path]) -> No
             folder / "train",
             lambda f: stages.train(context, f, start, of, config.seed + 1000 * t, advance),
         )
+        finished(folder / "train")
 
 
 def _evaluate(

@@ -90,8 +90,11 @@ def score_reference(
     config = context.config
     found = [store.pair_from(row) for file in pair_files for row in store.read_lines(file)]
     sides = [t for q in found for t in (q.chosen, q.rejected)]
-    borrowed = _mismatched(context, sides) if _needs_mismatched(context) else []
-    rollouts = _unselected(context, folder, len(found)) if config.term_c.kind == "value" else []
+    borrowed, rollouts, counts = [], [], {}
+    if _needs_mismatched(context):
+        borrowed, counts["stand_ins_cut"] = _mismatched(context, sides)
+    if config.term_c.kind == "value":
+        rollouts, counts["rollouts_beyond_row"] = _unselected(context, folder, len(found))
     everything = [*sides, *borrowed, *(g.trajectory for g in rollouts)]
     name = identity(of)
     scores = _scores(context, everything, of)
@@ -110,7 +113,7 @@ def score_reference(
             for g, s in zip(rollouts, scores[second:], strict=True)
         )
         write_rows(folder / ROLLOUTS, rows)
-    return {"pairs": len(scored), "reference": name}
+    return {"pairs": len(scored), "reference": name, **counts}
 
 
 def _needs_mismatched(context: Context) -> bool:
@@ -134,8 +137,8 @@ def _scores(
     return [np.logaddexp.reduce(v).astype(np.float32) for v in zip(*parts, strict=True)]
 
 
-def _mismatched(context: Context, sides: Sequence[Trajectory]) -> list[Trajectory]:
-    """[i]: the prompt of side i with another problem's completion."""
+def _mismatched(context: Context, sides: Sequence[Trajectory]) -> tuple[list[Trajectory], int]:
+    """[i]: the prompt of side i with another problem's completion; and how many had to be cut."""
     rows, length = mismatched_rows([t.problem_id for t in sides]), context.config.train.row_length
     own = sum(sides[i].problem_id == sides[j].problem_id for i, j in enumerate(rows))
     if own:
@@ -143,15 +146,30 @@ def _mismatched(context: Context, sides: Sequence[Trajectory]) -> list[Trajector
             "KTO's reference point: %d of %d prompts are scored with a completion of their own "
             "problem, for one problem holds more than half of the data", own, len(sides),
         )  # fmt: skip
-    return [packing.mismatched(sides[i], sides[j], length) for i, j in enumerate(rows)]
+    starts = [int(t.actions[0].start) for t in sides]
+    cut = sum(starts[i] + len(sides[j].ids) - starts[j] > length for i, j in enumerate(rows))
+    if cut:
+        _log.warning(
+            "KTO's reference point: %d of %d completions are cut at train.row_length=%d, behind a "
+            "longer prompt than their own", cut, len(sides), length,
+        )  # fmt: skip
+    return [packing.mismatched(sides[i], sides[j], length) for i, j in enumerate(rows)], cut
 
 
-def _unselected(context: Context, folder: Path, pairs: int) -> list[Graded]:
-    """Rollouts of this iteration that no filter, but for length and an unknown verdict, has seen."""
+def _unselected(context: Context, folder: Path, pairs: int) -> tuple[list[Graded], int]:
+    """Rollouts of this iteration that no filter, but for length and an unknown verdict, has seen;
+    and how many were too long."""
     length, most = context.config.train.row_length, context.config.term_c.rollouts * pairs
     kept: list[tuple[bytes, Graded]] = []
+    long = 0
     for graded in map(store.graded_from, store.read_folder(folder.parent / "rollout")):
-        if len(graded.trajectory.ids) <= length and graded.verdict.label != "unknown":
+        if len(graded.trajectory.ids) > length:
+            long += 1
+        elif graded.verdict.label != "unknown":
             key = f"{context.config.seed}/{graded.trajectory.key}"
             kept.append((hashlib.sha256(key.encode()).digest(), graded))
-    return [graded for _, graded in sorted(kept, key=lambda entry: entry[0])[:most]]
+    if long:
+        _log.warning(
+            "term C: %d rollouts longer than train.row_length=%d are left out", long, length
+        )
+    return [graded for _, graded in sorted(kept, key=lambda entry: entry[0])[:most]], long

@@ -15,6 +15,7 @@ import numpy as np
 from mdpo_jax import hosts
 from mdpo_jax.config import ConfigError
 from mdpo_jax.data import packing, pairs, store, synthetic
+from mdpo_jax.data.batches import InTurn, Shuffled
 from mdpo_jax.data.pairing import siblings
 from mdpo_jax.data.problems import load_problems
 from mdpo_jax.exploration import CHOICE
@@ -23,16 +24,17 @@ from mdpo_jax.pipeline.demonstrations import demonstrations
 from mdpo_jax.pipeline.evaluation import Advance
 from mdpo_jax.pipeline.examples import examples
 from mdpo_jax.pipeline.kept import keeper
+from mdpo_jax.pipeline.progress import METRICS, Progress
 from mdpo_jax.pipeline.reference import Sources, checked, identity
 from mdpo_jax.reporting import speed
-from mdpo_jax.reporting.metrics import MetricsWriter, read_metrics
+from mdpo_jax.reporting.metrics import MetricsWriter, iterate_metrics, read_metrics
 from mdpo_jax.training.losses import Objective
 from mdpo_jax.training.meter import Trace
 from mdpo_jax.training.step import Fixed
-from mdpo_jax.training.trainer import Plan, shuffled
+from mdpo_jax.training.trainer import Plan, Trainer
 from mdpo_jax.types import Problem, Role
 
-METRICS, PROFILE = "metrics.jsonl", "profile"
+PROFILE = "profile"
 _log = logging.getLogger(__name__)
 _COMPARED = 32  # trajectories whose log-probs by sampler and trainer are compared
 
@@ -151,7 +153,7 @@ def sft(context: Context, folder: Path, advance: Advance) -> dict[str, Any]:
     if not parts:
         for name in (PARAMS, EARLIER):
             kept.save(folder / name, params, base)
-        keeper(context, folder, 0, base)(0, params)
+        keeper(context, folder, 0, base)(0, lambda: params)
         if settings.steps:
             _log.warning("SFT: no worked solutions in %s; skipped", context.config.problems.path)
         return {
@@ -159,9 +161,8 @@ def sft(context: Context, folder: Path, advance: Advance) -> dict[str, Any]:
             "note": "no demonstrations: the SFT policy is model.path as it is",
             "policy": kept.identity(params, base),
         }
-    batches = _in_turn(
-        [(n, shuffled([[i] for i in items], settings.batch, seed)) for n, items in parts]
-    )
+    single = [(count, [[entry] for entry in items]) for count, items in parts]
+    batches = InTurn([(n, Shuffled(groups, settings.batch, seed)) for n, groups in single])
     plan = Plan(
         settings.batch, settings.steps, settings.learning_rate, settings.warmup_steps,
         settings.final_lr_fraction, seed,
@@ -170,16 +171,18 @@ def sft(context: Context, folder: Path, advance: Advance) -> dict[str, Any]:
 
     others = keeper(context, folder, settings.steps, base)
 
-    def keep(step: int, params: Any) -> None:
+    def keep(step: int, params: Callable[[], Any]) -> None:
         if step == earlier:
-            kept.save(folder / EARLIER, params, base)
+            kept.save(folder / EARLIER, params(), base)
         others(step, params)
 
-    trainer = context.trainer(sft=True)
-    with _recorded(folder, advance) as report, _traced(context, folder) as trace:
+    longest = max(packing.longest(groups) for _, groups in single)
+    trainer = context.fitted(context.trainer(sft=True), batches, settings.steps, longest)
+    saves = Progress(folder, context.config.train.save_every, settings.steps)
+    with _recorded(saves, advance) as report, _traced(context, folder) as trace:
         final = trainer.fit(
             params, batches, plan, Objective("likelihood"), fixed=Fixed(base), report=report,
-            keep=keep, trace=trace,
+            keep=keep, saves=saves, trace=trace,
         )  # fmt: skip
     kept.save(folder / PARAMS, final, base)
     return {
@@ -187,14 +190,8 @@ def sft(context: Context, folder: Path, advance: Advance) -> dict[str, Any]:
         "speed": _speed(folder),
         "demonstrations": len(parts[-1][1]),
         "policy": kept.identity(final, base),
+        **_rows(folder, trainer),
     }
-
-
-def _in_turn(parts: Sequence[tuple[int, Iterator[Any]]]) -> Iterator[Any]:
-    """So many batches of each part, and the last part for ever."""
-    for count, batches in parts[:-1]:
-        yield from itertools.islice(batches, count)
-    yield from parts[-1][1]
 
 
 def build_pairs(context: Context, folder: Path, iteration: int) -> dict[str, Any]:
@@ -242,7 +239,7 @@ def train(
     data = examples(context, folder, name, seed)
     if not data.groups:
         kept.save(folder / PARAMS, params, base)
-        keeper(context, folder, 0, base)(0, params)
+        keeper(context, folder, 0, base)(0, lambda: params)
         note = "no pair to learn from: the policy is unchanged"
         return {"steps": 0, "note": note, "policy": kept.identity(params, base)}
     policy = checked(kept.whole(params, base), start)
@@ -252,23 +249,36 @@ def train(
     if compared and config.train.reference_log_probs == "in_step":
         reference, under = kept.trainable(of[0][0])
         checked(kept.whole(reference, under), of[0][0])
-    trainer = context.trainer()
-    with _recorded(folder, advance) as record, _traced(context, folder) as trace:
-        report = _alarmed(record, config.train.displacement_alarm, folder)
+    batches, steps = data.batches(seed), data.plan.steps
+    trainer = context.fitted(context.trainer(), batches, steps, data.longest)
+    saves = Progress(folder, config.train.save_every, steps)
+    with _recorded(saves, advance) as record, _traced(context, folder) as trace:
+        report = _alarmed(record, config.train.displacement_alarm, saves)
         final = trainer.fit(
-            params, data.batches(seed), data.plan, data.objective, fixed=Fixed(base, reference),
+            params, batches, data.plan, data.objective, fixed=Fixed(base, reference),
             check_step_zero=at_reference, report=report, trace=trace,
-            keep=keeper(context, folder, data.plan.steps, base),
+            keep=keeper(context, folder, steps, base), saves=saves,
         )  # fmt: skip
     kept.save(folder / PARAMS, final, base)
     return {
         "method": config.method,
-        "steps": data.plan.steps,
+        "steps": steps,
         "compilations": trainer.compilations(data.objective),
         "speed": _speed(folder),
         "policy": kept.identity(final, base),
         "sampler_trainer": apart,
+        **_rows(folder, trainer),
     }
+
+
+def _rows(folder: Path, trainer: Trainer) -> dict[str, Any]:
+    """The shape that a stage's micro-batches had, and the mean share of it that was no padding."""
+    layout = trainer.layout
+    found: dict[str, Any] = {"rows": layout.rows, "row_length": layout.row_length}
+    if hosts.first():  # whose summary it is
+        fills = [row["fill"] for row in iterate_metrics(folder / METRICS)]
+        found["fill"] = float(np.mean(fills))
+    return found
 
 
 def _sampler_difference(
@@ -292,37 +302,47 @@ def _sampler_difference(
 
 
 def _alarmed(
-    report: Callable[[int, dict[str, float]], None], limit: float, folder: Path
+    report: Callable[[int, dict[str, float]], None], limit: float, saves: Progress
 ) -> Callable[[int, dict[str, float]], None]:
     """`report` that warns once when chosen trajectories have become less likely by `limit` nats."""
     recent: deque[float] = deque(maxlen=10)
-    silent = limit == 0
+
+    def beyond(values: dict[str, float]) -> bool:
+        if not limit or "displacement" not in values:
+            return False
+        recent.append(values["displacement"])
+        return -float(np.mean(recent)) > limit
+
+    before = [beyond(row) for row in saves.rows()]  # in the call that was interrupted
+    warned = any(before)
 
     def alarmed(step: int, values: dict[str, float]) -> None:
-        nonlocal silent
+        nonlocal warned
         report(step, values)
-        if not silent and "displacement" in values:
-            recent.append(values["displacement"])
-            if -float(np.mean(recent)) > limit:
-                silent = True
-                _log.warning(
-                    "%s, step %d: chosen trajectories are %.1f nats less likely than under the "
-                    "reference (train.displacement_alarm=%g); a smaller learning rate, a larger "
-                    "eta or an NLL term holds them", folder, step, -np.mean(recent), limit,
-                )  # fmt: skip
+        if beyond(values) and not warned:
+            warned = True
+            _log.warning(
+                "%s, step %d: chosen trajectories are %.1f nats less likely than under the "
+                "reference (train.displacement_alarm=%g); a smaller learning rate, a larger "
+                "eta or an NLL term holds them", saves.folder, step, -np.mean(recent), limit,
+            )  # fmt: skip
 
     return alarmed
 
 
 @contextlib.contextmanager
-def _recorded(folder: Path, advance: Advance) -> Iterator[Callable[[int, dict[str, float]], None]]:
-    """A trainer's `report` into the stage's metrics; a stage that starts anew starts them anew."""
+def _recorded(
+    saves: Progress, advance: Advance
+) -> Iterator[Callable[[int, dict[str, float]], None]]:
+    """A trainer's `report` into the stage's metrics, behind the rows of steps already made."""
+    if saves.steps:
+        _log.warning("%s: goes on after step %d", saves.folder, saves.steps)
+        advance(saves.steps)
     if not hosts.first():
         yield lambda step, values: advance(1)
         return
-    path = folder / METRICS
-    path.unlink(missing_ok=True)
-    with MetricsWriter(path) as metrics:
+    saves.begin()
+    with MetricsWriter(saves.folder / METRICS) as metrics:
 
         def report(step: int, values: dict[str, float]) -> None:
             metrics.write(step=step, **values)

@@ -155,6 +155,24 @@ def init_state(params: Any, optimiser: Optimiser) -> TrainState:
     return TrainState(jax.device_put(params, shardings.params), init(params), step, ema)
 
 
+def state_like(params: Any, optimiser: Optimiser) -> TrainState:
+    """The form of `init_state(params, optimiser)`: shapes, types and shardings, nothing computed."""
+    shardings = state_shardings(params, jax.tree.map(lambda x: x.sharding, params), optimiser)
+    shapes = jax.eval_shape(
+        lambda p: TrainState(
+            p,
+            optimiser.transform().init(p),
+            jnp.zeros((), jnp.int32),
+            _cast(p, jnp.float32) if optimiser.ema else None,
+        ),
+        params,
+    )
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        shapes, shardings,
+    )  # fmt: skip
+
+
 def state_shardings(params: Any, shardings: Any, optimiser: Optimiser) -> TrainState:
     """The sharding of every leaf of a state, from those of its parameters (or their shapes).
 

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from mdpo_jax import hosts, objectives
+from mdpo_jax.data.packing import Layout
 from mdpo_jax.model import lora, sharding
 from mdpo_jax.model.families import ModelConfig
 from mdpo_jax.model.lora import Lora
@@ -151,16 +152,18 @@ def _filled(batch: Arrays) -> Array:
     return jnp.sum(jnp.any(batch["sequence_mask"] > 0, axis=1))
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=16)
 def make_step(
     config: ModelConfig, forward: Forward, objective: Objective, optimiser: Optimiser,
-    mesh: Mesh | None = None, adapter: Lora | None = None,
+    mesh: Mesh | None = None, adapter: Lora | None = None, layout: Layout | None = None,
 ):  # fmt: skip
     """`step(state, batch, learning_rate, fixed, mismatched) -> state, metrics`, jitted once.
 
     The state is donated, `fixed` never.  With an `adapter` the policy's params are that alone.
-    fixed and mismatched may be left out where there is nothing to hand over.
+    fixed and mismatched may be left out where there is nothing to hand over.  layout: of the batches;
+    it changes nothing, but each has a step, whose programs are counted, of its own.
     """
+    del layout
     pin = _pin(config, objective, optimiser, mesh, adapter)
 
     def step(

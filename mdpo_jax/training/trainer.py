@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -14,16 +15,32 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mdpo_jax import hosts
 from mdpo_jax.config import StepZeroError
+from mdpo_jax.data.batches import Batches, Fed, feed
 from mdpo_jax.data.packing import Item, Layout, pack, unpack
 from mdpo_jax.model.families import ModelConfig
 from mdpo_jax.model.lora import Lora
 from mdpo_jax.training.losses import Forward, Objective
 from mdpo_jax.training.meter import UNTRACED, Meter, Trace
-from mdpo_jax.training.state import Optimiser, init_state, schedule
+from mdpo_jax.training.state import Optimiser, TrainState, init_state, schedule, state_like
 from mdpo_jax.training.step import NOTHING, Fixed, make_scorer, make_step, put
 from mdpo_jax.training.value import Joint, init_head
 
-Groups = Sequence[Sequence[Item]]
+
+class Saves(Protocol):
+    """Where an interrupted `fit` is gone on with (pipeline/progress.py)."""
+
+    @property
+    def steps(self) -> int:
+        """How many steps are already made; 0 to begin."""
+        ...
+
+    def restore(self, like: TrainState) -> tuple[TrainState, Any]:
+        """The state after them, in the form of `like`, and the batches' iterator's."""
+        ...
+
+    def after(self, step: int, state: TrainState, place: Any) -> None:
+        """Told after each step; `state` is donated to the next."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +57,8 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Trainer:
-    """Model, forward, optimiser, layout and mesh of a run; the step compiles once an objective.
+    """Model, forward, optimiser, layout and mesh of a run; the step compiles once an objective
+    and layout.
 
     adapter: what `fit` trains in place of all parameters, over a base that is then its argument.
     """
@@ -53,43 +71,66 @@ class Trainer:
     adapter: Lora | None = None
 
     def fit(
-        self, params: Any, batches: Iterator[Groups], plan: Plan, objective: Objective, *,
+        self, params: Any, batches: Batches, plan: Plan, objective: Objective, *,
         fixed: Fixed = NOTHING, check_step_zero: bool = False, trace: Trace = UNTRACED,
         report: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
-        keep: Callable[[int, Any], None] = lambda step, params: None,
+        keep: Callable[[int, Callable[[], Any]], None] = lambda step, params: None,
+        saves: Saves | None = None,
     ) -> Any:  # fmt: skip
         """Parameters after `plan.steps` steps; `params` are donated to the first, `fixed` are not.
 
         Where the optimiser keeps an average of them, that average, here and for `keep`.
-        report(step, metrics) after each step; keep(step, params) may copy them.  A metric without a
-        value in a batch (the mean of a class that it lacks) is left out.  trace: of a few of the
-        steps.  Raises StepZeroError
-        before anything is kept if `check_step_zero` and the first log-ratios are not 0.
+        report(step, metrics) after each step; keep(step, params) may copy params().  A metric without
+        a value in a batch (the mean of a class that it lacks) is left out.  trace: of a few of
+        the steps.  saves: what an interrupted call left, from which this one goes on, and where to
+        leave more.  Raises StepZeroError before anything is kept if `check_step_zero` and the first
+        log-ratios are not 0.
         """
         step = self._step(objective)
         rate = schedule(plan.learning_rate, plan.warmup_steps, plan.steps, plan.final_lr_fraction)
-        state = init_state(self._with_head(objective, params), self.optimiser)
-        meter = self._meter(objective, fixed, step)
-        for index in range(plan.steps):
-            groups = next(batches)
-            batch = pack(groups, self.layout)
-            with self._on_mesh(), trace.step(index, plan.steps):
-                arrays, now = put(batch, self.mesh), np.float32(rate(index))
-                mismatched = self._mismatched(groups)
-                meter.begin()
-                state, metrics = step(state, arrays, now, fixed, mismatched)
-                meter.called()
-                values = {name: float(value) for name, value in metrics.items()}
-            speed = meter.end(batch)
-            if index == 0 and check_step_zero:
-                self._check(objective, values)
-            if not math.isfinite(values["loss"]):
-                raise FloatingPointError(f"step {index}: the loss is {values['loss']}")
-            values = {name: value for name, value in values.items() if not math.isnan(value)}
-            shares = {"fill": batch.fill, "action_share": batch.action_share}
-            report(index, values | shares | speed)
-            keep(index + 1, _policy(state.kept))
-        return _policy(state.kept)
+        with contextlib.closing(feed(batches, self.layout, plan.steps)) as source:
+            state, done = self._begin(params, objective, source, saves)
+            del params
+            meter = self._meter(objective, fixed, step)
+            for index, fed in enumerate(source, done):
+                with self._on_mesh(), trace.step(index - done, plan.steps - done):
+                    arrays = self._put(fed)
+                    meter.begin()
+                    state, metrics = step(
+                        state, arrays[0], np.float32(rate(index)), fixed, arrays[1]
+                    )
+                    meter.called()
+                    values = {name: float(value) for name, value in metrics.items()}
+                speed = meter.end(fed.batch)
+                if index == 0 and check_step_zero:
+                    self._check(objective, values)
+                if not math.isfinite(values["loss"]):
+                    raise FloatingPointError(f"step {index}: the loss is {values['loss']}")
+                values = {name: value for name, value in values.items() if not math.isnan(value)}
+                share = {"fill": fed.batch.fill, "action_share": fed.batch.action_share}
+                report(index, values | share | speed)
+                keep(index + 1, functools.partial(_kept, state))
+                if saves is not None:
+                    saves.after(index + 1, state, source.get_state())
+            return _kept(state)
+
+    def _begin(
+        self, params: Any, objective: Objective, source: Any, saves: Saves | None
+    ) -> tuple[TrainState, int]:
+        """The state to go on from, with `source` at its next batch, and how many steps it has made."""
+        params = self._with_head(objective, params)
+        if saves is None or not saves.steps:
+            return init_state(params, self.optimiser), 0
+        like = state_like(params, self.optimiser)
+        jax.tree.map(lambda x: x.delete(), params)  # before what replaces them is read
+        state, place = saves.restore(like)
+        source.set_state(place)
+        return state, saves.steps
+
+    def _put(self, fed: Fed) -> tuple[Any, Any]:
+        """The batch, and that of KTO's reference point, on the devices."""
+        beside = None if fed.mismatched is None else put(fed.mismatched, self.mesh)
+        return put(fed.batch, self.mesh), beside
 
     def _with_head(self, objective: Objective, params: Any) -> Any:
         if objective.value is None:
@@ -99,12 +140,6 @@ class Trainer:
             whole = NamedSharding(self.mesh, PartitionSpec())
             head = jax.tree.map(lambda x: hosts.place(np.asarray(x), whole), head)
         return Joint(params, head)
-
-    def _mismatched(self, groups: Groups) -> Any:
-        """The batch of KTO's reference point, where the items name their stand-ins."""
-        found = [entry.mismatched for group in groups for entry in group]
-        items = [[entry] for entry in found if entry is not None]
-        return put(pack(items, self.layout), self.mesh) if items else None
 
     def score(self, params: Any, items: Sequence[Item], batch: int) -> list[np.ndarray]:
         """[length] log-probs of each item's tokens by the trainer's own forward."""
@@ -131,8 +166,9 @@ class Trainer:
 
     def _step(self, objective: Objective) -> Any:
         return make_step(
-            self.config, self.forward, objective, self.optimiser, self.mesh, self.adapter
-        )
+            self.config, self.forward, objective, self.optimiser, self.mesh, self.adapter,
+            self.layout,
+        )  # fmt: skip
 
     def _meter(self, objective: Objective, fixed: Fixed, step: Any) -> Meter:
         return Meter(
@@ -161,9 +197,10 @@ class Trainer:
             )
 
 
-def _policy(params: Any) -> Any:
-    """Without the value head, where there is one."""
-    return params.policy if isinstance(params, Joint) else params
+def _kept(state: TrainState) -> Any:
+    """What a stage saves, without the value head, where there is one."""
+    kept = state.kept
+    return kept.policy if isinstance(kept, Joint) else kept
 
 
 def _first_loss(objective: Objective, metrics: dict[str, float]) -> float | None:
@@ -175,20 +212,6 @@ def _first_loss(objective: Objective, metrics: dict[str, float]) -> float | None
     if metrics["term_c/margin_mean_abs"] or objective.loss == "ipo":
         return None  # each pair has its own margin; ipo's loss is as large as 1 / (2 eta)^2
     return 1.0 if objective.loss == "hinge" else math.log(2)
-
-
-def shuffled(groups: Groups, batch: int, seed: int) -> Iterator[Groups]:
-    """Endless batches: each epoch a new order, keyed by (seed, epoch); every batch is full."""
-    if not groups:
-        raise ValueError("training data: no sequence; expected at least one")
-    epoch, pool = 0, []
-    while True:
-        while len(pool) < batch:
-            order = np.random.default_rng((seed, epoch)).permutation(len(groups))
-            pool += [groups[i] for i in order]
-            epoch += 1
-        yield pool[:batch]
-        pool = pool[batch:]
 
 
 def copy_params(params: Any) -> Any:

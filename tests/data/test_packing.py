@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mdpo_jax.data.packing import Item, Layout, fitted, pack, shared_prompt, unpack
+from mdpo_jax.data.fitting import best_length
+from mdpo_jax.data.packing import Item, Layout, pack, shared_prompt, unpack
 
 
 def make(length, value=1):
@@ -114,7 +115,7 @@ def test_a_prompt_that_differs_or_counts_is_not_shared():
 def test_the_row_length_is_the_one_that_leaves_the_least_padding():
     groups = [(make(10), make(10)), (make(12), make(8))]
     layout = Layout(1, 64, 8)
-    assert fitted(groups, layout, [20, 32, 40, 64]).row_length == 20
-    assert fitted(groups, layout, [24, 32, 41]).row_length == 41
+    assert best_length(groups, layout, [20, 32, 40, 64]).row_length == 20
+    assert best_length(groups, layout, [24, 32, 41]).row_length == 41
     with pytest.raises(ValueError, match=r"do not fit into 1 rows of 16 tokens"):
-        fitted(groups, layout, [8, 16])
+        best_length(groups, layout, [8, 16])

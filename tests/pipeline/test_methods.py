@@ -12,13 +12,14 @@ import pytest
 from support import trajectories, write_model
 
 from mdpo_jax.config import ConfigError, StepZeroError
-from mdpo_jax.data import packing, store
+from mdpo_jax.data import packing, pairs, store
 from mdpo_jax.data.store import Graded
 from mdpo_jax.environment.tool import Observation
 from mdpo_jax.objectives.term_c import soft_value
 from mdpo_jax.pipeline import examples, monte_carlo, reference, stages
 from mdpo_jax.pipeline.context import PARAMS, Context
 from mdpo_jax.pipeline.files import read_json, stage
+from mdpo_jax.pipeline.progress import Progress
 from mdpo_jax.recipes import parse
 from mdpo_jax.training.losses import Objective
 from mdpo_jax.training.trainer import copy_params
@@ -226,8 +227,38 @@ def test_a_stand_in_longer_than_a_row_is_cut(run):
     longest = max(len(t.ids) for t in trajectories())
     trained(run, "method=mkto", f"train.row_length={longest}")
     folder = run / "run" / "iteration-1" / "reference"
-    lengths = [len(row["ids"]) for row in store.read_lines(folder / "mismatched.jsonl.gz")]
-    assert max(lengths) <= longest
+    rows = [store.scored_from(row)[0] for row in store.read_lines(folder / "mismatched.jsonl.gz")]
+    assert max(len(t.ids) for t in rows) <= longest
+    scored = [store.pair_from(row) for row in store.read_lines(folder / "pairs.jsonl.gz")]
+    found = [t for pair in scored for t in (pair.chosen, pair.rejected)]
+    tails = {tuple(t.ids[t.actions[0].start :]) for t in found}
+    whole = sum(tuple(t.ids[t.actions[0].start :]) in tails for t in rows)
+    assert read_json(folder / "done.json")["stand_ins_cut"] == len(rows) - whole > 0
+
+
+def test_what_no_row_holds_is_left_out_whole_and_counted(run):
+    """Of pairs, of right trajectories and of a value head's rollouts."""
+    iteration = run / "run" / "iteration-1"
+    sizes = sorted(len(t.ids) for t in trajectories())
+    length = sizes[len(sizes) // 2]
+    shutil.rmtree(iteration / "pairs")
+    made = context(run, f"train.row_length={length}", "term_c.kind=value", "term_c.rollouts=9")
+    before = pairs.select(
+        map(store.graded_from, store.read_folder(iteration / "rollout")),
+        pairs.Rules(4, 224, False, False, True, "random"), "0/1",
+    )  # fmt: skip
+    done = stage(iteration / "pairs", lambda f: stages.build_pairs(made, f, 1))
+    right = [len(t.ids) for t in before.correct]
+    sides = [(len(q.chosen.ids), len(q.rejected.ids)) for q in before.pairs]
+    assert done["dropped"]["pair_beyond_row"] == sum(max(two) > length for two in sides) > 0
+    assert done["dropped"]["correct_beyond_row"] == sum(n > length for n in right) > 0
+    rows = list(store.read_lines(iteration / "pairs" / "pairs.jsonl.gz"))
+    found = [store.pair_from(row) for row in rows]
+    kept = [two for two in sides if max(two) <= length]
+    assert sorted((len(q.chosen.ids), len(q.rejected.ids)) for q in found) == sorted(kept)
+    rollouts, long = reference._unselected(made, iteration / "reference", len(sides))
+    assert long == sum(n > length for n in sizes)
+    assert sorted(len(g.trajectory.ids) for g in rollouts) == [n for n in sizes if n <= length]
 
 
 def test_one_problem_alone_warns_that_its_stand_ins_are_its_own(run, caplog):
@@ -319,8 +350,10 @@ def test_a_reference_whose_checkpoint_is_gone_stops_at_once(run):
 def test_falling_chosen_log_probs_raise_the_alarm_once(tmp_path, caplog):
     seen = []
 
-    def told(limit, values):
-        report = stages._alarmed(lambda step, values: seen.append(step), limit, tmp_path)
+    def told(limit, values, before=()):
+        saves = Progress(tmp_path, 0, 9)
+        saves.rows = lambda: [{"displacement": value} for value in before]
+        report = stages._alarmed(lambda step, values: seen.append(step), limit, saves)
         with caplog.at_level(logging.WARNING, "mdpo_jax.pipeline.stages"):
             caplog.clear()
             for step, value in enumerate(values):
@@ -334,6 +367,10 @@ def test_falling_chosen_log_probs_raise_the_alarm_once(tmp_path, caplog):
     assert told(10.0, [5.0, -9.0, -9.9, 4.0]) == []
     assert told(0.0, [-100.0]) == []
     assert len(seen) == 12
+    # A stage that goes on knows the steps before, and that it has warned.
+    [message] = told(10.0, [-30.0], before=[0.0, -15.0])
+    assert "step 0: chosen trajectories are 15.0 nats less likely" in message
+    assert told(10.0, [-30.0], before=[0.0, -15.0, -20.0]) == []
 
 
 def test_a_value_head_learns_from_the_unselected_rollouts(run):

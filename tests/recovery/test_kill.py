@@ -12,6 +12,7 @@ import pytest
 from support import SMALL_RUN
 
 SCRIPT = Path(__file__).with_name("loop.py")
+SAVES = "--config.train.save_every=1"
 # (what must be there when the signal comes, how many lines of it); in the order of the run.
 INSTANTS = [
     ("sft/metrics.jsonl", 2),  # inside the warm-up
@@ -30,7 +31,7 @@ def environment():
 
 def _start(folder, environment):
     return subprocess.Popen(
-        [sys.executable, str(SCRIPT), *SMALL_RUN, f"--config.workdir={folder}"],
+        [sys.executable, str(SCRIPT), *SMALL_RUN, f"--config.workdir={folder}", SAVES],
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -69,7 +70,9 @@ def test_a_run_killed_at_four_instants_ends_in_the_same_files(tmp_path, environm
         one, other = (json.loads((d / name / "done.json").read_text()) for d in (whole, cut))
         assert one["steps"] == other["steps"] > 0
         assert one["policy"] == other["policy"], name
+        rows = [(d / name / "metrics.jsonl").read_bytes() for d in (whole, cut)]
+        assert rows[0] == rows[1], name
     one, other = (json.loads((d / "results.json").read_text()) for d in (whole, cut))
     assert one["rows"] == other["rows"]
-    left = [p for pattern in ("*.partial", "*tmp*") for p in cut.rglob(pattern)]
+    left = [p for pattern in ("*.partial", "*tmp*", "progress*") for p in cut.rglob(pattern)]
     assert not left

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from support import model_config, params, trajectories
 
+from mdpo_jax.data.batches import Shuffled
 from mdpo_jax.data.packing import Item, Layout, item, pack, pair_items
 from mdpo_jax.model import lora, sharding
 from mdpo_jax.model.families import ModelConfig, param_shapes
@@ -15,7 +16,7 @@ from mdpo_jax.model.lora import Lora
 from mdpo_jax.training.losses import Forward, Objective
 from mdpo_jax.training.state import Optimiser, TrainState, init_state
 from mdpo_jax.training.step import Fixed, loss_and_gradients, make_step, put
-from mdpo_jax.training.trainer import Plan, Trainer, copy_params, shuffled
+from mdpo_jax.training.trainer import Plan, Trainer, copy_params
 from mdpo_jax.types import Pair
 
 LAYOUT = Layout(8, 224, 16)
@@ -95,7 +96,7 @@ def test_steps_change_the_adapter_alone_in_one_program(shape):
     items = [item(t, "sampled") for t in trajectories()]
     scores = t.score(lora.combine(base, small, LORA), items, 4)
     final = t.fit(
-        small, shuffled(batch(scores=scores), 2, 0), plan, objective, fixed=Fixed(base),
+        small, Shuffled(batch(scores=scores), 2, 0), plan, objective, fixed=Fixed(base),
         check_step_zero=True, report=lambda step, metrics: seen.append(metrics),
     )  # fmt: skip
     assert seen[0]["loss"] == pytest.approx(np.log(2), abs=1e-5)
@@ -113,7 +114,7 @@ def test_sft_and_raft_learn_through_the_adapter_too():
     t = Trainer(model_config(), Forward(), Optimiser(beta2=0.99), LAYOUT, None, LORA)
     losses = []
     t.fit(
-        lora.init(model_config(), LORA, jax.random.key(0)), shuffled(groups, 4, 0),
+        lora.init(model_config(), LORA, jax.random.key(0)), Shuffled(groups, 4, 0),
         Plan(4, 6, 1e-2, 1, 1.0, 0), Objective("likelihood"), fixed=Fixed(params()),
         report=lambda step, metrics: losses.append(metrics["loss"]),
     )  # fmt: skip

@@ -10,13 +10,14 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from support import tokenizer, trajectories
 
+from mdpo_jax.data.batches import Shuffled
 from mdpo_jax.data.packing import Layout, item, pack
 from mdpo_jax.model import sharding, transformer
 from mdpo_jax.model.families import ModelConfig
 from mdpo_jax.training.losses import Forward, Objective
 from mdpo_jax.training.state import Optimiser, init_state, state_shardings
 from mdpo_jax.training.step import make_step, put
-from mdpo_jax.training.trainer import Plan, Trainer, copy_params, shuffled
+from mdpo_jax.training.trainer import Plan, Trainer, copy_params
 
 NAMES = ("adamw", "adamw_bf16_moments", "adafactor", "lion")
 SHAPES = {"matrix": (2, 160, 3, 128), "small": (2, 16, 8), "norm": (2, 16)}
@@ -215,7 +216,7 @@ def run(mesh):
         params = jax.device_put(params, sharding.param_shardings(WIDE, mesh))
     trainer = Trainer(WIDE, FORWARD, AVERAGED, LAYOUT, mesh)
     plan = Plan(4, 2, 1e-3, 1, 1.0, 0)
-    final = trainer.fit(copy_params(params), shuffled(groups(), 4, 0), plan, LIKELIHOOD)
+    final = trainer.fit(copy_params(params), Shuffled(groups(), 4, 0), plan, LIKELIHOOD)
     assert trainer.compilations(LIKELIHOOD) == 1
     return final
 

@@ -41,7 +41,8 @@ def fit_rows(sizes: Sequence[int], rows: int, length: int) -> list[int] | None:
     """The row of each sequence, or None where they are not found to fit.
 
     A sequence of 0 tokens is within another one's.  Each row takes the longest sequence left and, with
-    it, those that fill the row best: an exact subset sum, which of equals prefers few and long ones (minimum bin slack, Gupta & Ho 1999).
+    it, those that fill the row best: an exact subset sum, which of equals prefers few and long ones
+    (minimum bin slack, Gupta & Ho 1999).
     """
     left = sorted((i for i, size in enumerate(sizes) if size), key=lambda i: (-sizes[i], i))
     place = [0] * len(sizes)

@@ -223,17 +223,15 @@ def test_kto_s_reference_point_is_of_the_stored_stand_ins(run):
     assert metrics[0]["kl"] == pytest.approx(max(0, np.mean(ratios)), rel=1e-3, abs=1e-4)
 
 
-def test_a_stand_in_longer_than_a_row_is_cut(run):
-    longest = max(len(t.ids) for t in trajectories())
-    trained(run, "method=mkto", f"train.row_length={longest}")
-    folder = run / "run" / "iteration-1" / "reference"
-    rows = [store.scored_from(row)[0] for row in store.read_lines(folder / "mismatched.jsonl.gz")]
-    assert max(len(t.ids) for t in rows) <= longest
-    scored = [store.pair_from(row) for row in store.read_lines(folder / "pairs.jsonl.gz")]
-    found = [t for pair in scored for t in (pair.chosen, pair.rejected)]
-    tails = {tuple(t.ids[t.actions[0].start :]) for t in found}
-    whole = sum(tuple(t.ids[t.actions[0].start :]) in tails for t in rows)
-    assert read_json(folder / "done.json")["stand_ins_cut"] == len(rows) - whole > 0
+def test_a_stand_in_longer_than_a_row_is_cut_and_counted(run, caplog):
+    sides = [dataclasses.replace(t, problem_id=str(t.sample)) for t in trajectories()]
+    length = sorted(len(t.ids) for t in sides)[6]
+    with caplog.at_level(logging.WARNING, "mdpo_jax.pipeline.reference"):
+        rows, cut = reference._mismatched(context(run, f"train.row_length={length}"), sides)
+    assert max(len(t.ids) for t in rows) == length
+    tails = {tuple(t.ids[t.actions[0].start :]) for t in sides}
+    assert cut == sum(tuple(t.ids[t.actions[0].start :]) not in tails for t in rows) > 0
+    assert f"{cut} of 12 completions are cut at train.row_length={length}" in caplog.text
 
 
 def test_what_no_row_holds_is_left_out_whole_and_counted(run):

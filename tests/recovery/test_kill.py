@@ -12,7 +12,8 @@ import pytest
 from support import SMALL_RUN
 
 SCRIPT = Path(__file__).with_name("loop.py")
-SAVES = "--config.train.save_every=1"
+# Of five samples of a problem some are right and some wrong; every step's state is kept.
+MORE = ["--config.rollout.samples=4", "--config.train.save_every=1"]
 # (what must be there when the signal comes, how many lines of it); in the order of the run.
 INSTANTS = [
     ("sft/metrics.jsonl", 2),  # inside the warm-up
@@ -31,7 +32,7 @@ def environment():
 
 def _start(folder, environment):
     return subprocess.Popen(
-        [sys.executable, str(SCRIPT), *SMALL_RUN, f"--config.workdir={folder}", SAVES],
+        [sys.executable, str(SCRIPT), *SMALL_RUN, f"--config.workdir={folder}", *MORE],
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

@@ -68,7 +68,7 @@ def fitted(trace, report=lambda step, values: None, steps=STEPS):
     layout = Layout(2, max(len(i.ids) for i in items()) + 5, 8)
     trainer = Trainer(model_config(), Forward(), Optimiser(), layout)
     plan = Plan(2, steps, 1e-3, 0, 1.0, 0)
-    batches = ([[i] for i in items()[s % 3 : s % 3 + 2]] for s in range(steps))
+    batches = [[[i] for i in items()[s % 3 : s % 3 + 2]] for s in range(steps)]
     with trace:
         return trainer.fit(
             copy_params(params()), batches, plan, LIKELIHOOD, report=report, trace=trace

@@ -1,0 +1,42 @@
+import bench_packing
+import numpy as np
+import pytest
+from support import trajectories
+
+from mdpo_jax.data import store
+from mdpo_jax.data.packing import Item, Layout
+from mdpo_jax.types import Pair
+
+
+def test_the_table_is_of_a_run_s_pairs(tmp_path, capsys):
+    found = trajectories()
+    pairs = [Pair(a, b, *(np.zeros(len(t.ids), np.float32) for t in (a, b)))
+             for a, b in zip(found[::2], found[1::2], strict=True)]  # fmt: skip
+    path = tmp_path / "pairs.jsonl.gz"
+    store.write_lines(path, map(store.pair_row, pairs * 4))
+    longest = max(len(t.ids) for t in found)
+    flags = [f"--max-tokens={longest - 1}", "--batch=4", "--rows=8", "--row-length=256"]
+    bench_packing.main([f"--pairs={path}", *flags])
+    head, _, _, _, row = capsys.readouterr().out.splitlines()
+    long = 4 * sum(max(len(p.chosen.ids), len(p.rejected.ids)) == longest for p in pairs)
+    assert head.startswith(f"{24 - long} pairs in {(24 - long) // 4} batches, {long} too long")
+    *_, balanced, shape, fitted = row.strip("| ").split(" | ")
+    assert float(balanced) <= float(fitted) <= 1
+    assert shape.split()[1] == "x"
+
+
+def test_first_fit_by_hand():
+    nothing = [np.zeros(n, np.int32) for n in range(11)]
+
+    def group(*sizes):
+        return [Item(nothing[n], nothing[n], nothing[n]) for n in sizes]
+
+    groups = [group(6, 6), group(4, 3), group(5, 5)]  # 6 6, then 5 5 alone, then 4 3 beside 6 6
+    assert bench_packing.first_fit(groups, Layout(2, 10, 9)) == 2
+    assert bench_packing.first_fit(groups[:2], Layout(2, 10, 9)) == 1
+
+
+def test_a_source_is_asked_for(capsys):
+    with pytest.raises(SystemExit):
+        bench_packing.main([])
+    assert "expected --pairs, or --trajectories and --tokenizer" in capsys.readouterr().err

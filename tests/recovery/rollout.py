@@ -1,4 +1,4 @@
-"""One process of a rollout by several: problems, a random policy, and the stage."""
+"""One process of a rollout by several: problems, a random policy, and the stage; or of a warm-up."""
 
 import contextlib
 import os
@@ -10,14 +10,18 @@ from mdpo_jax.data import store
 from mdpo_jax.pipeline import rollouts, stages
 from mdpo_jax.pipeline.context import PARAMS, Context
 from mdpo_jax.pipeline.files import open_run, stage
+from mdpo_jax.pipeline.progress import Progress
 from mdpo_jax.recipes import parse
 
 
 def _run(config):
     with open_run(config) as directory, contextlib.closing(Context(config, directory)) as context:
         path, kept = directory / "sft" / PARAMS, context.parameters
-        stage(directory / "sft", lambda f: kept.save(path, *kept.first()))
         stage(directory / "problems", lambda f: stages.prepare_problems(context, f), alone=True)
+        if os.environ.get("STAGE") == "sft":
+            stage(directory / "sft", lambda f: stages.sft(context, f, lambda done: None))
+            return
+        stage(directory / "sft", lambda f: kept.save(path, *kept.first()))
         stage(
             directory / "iteration-1" / "rollout",
             lambda f: rollouts.rollout(context, f, 1, [(path, 2)], lambda *_: None),
@@ -33,6 +37,12 @@ def _dies_after_a_chunk(write):
     return write_lines
 
 
+def _dies_after_a_save(self, step, state, place, after=Progress.after):
+    after(self, step, state, place)
+    if step == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 if __name__ == "__main__":
     import jax
 
@@ -43,4 +53,5 @@ if __name__ == "__main__":
     hosts.connect(config.mesh.hosts)
     if os.environ.get("VICTIM") == str(jax.process_index()):
         store.write_lines = _dies_after_a_chunk(store.write_lines)
+        Progress.after = _dies_after_a_save
     _run(config)

@@ -87,6 +87,26 @@ def test_a_killed_host_loses_no_problem_and_doubles_none(tmp_path, environment):
 
 
 @pytest.mark.slow
+def test_hosts_go_on_inside_a_training_stage_to_the_same_bits(tmp_path, environment):
+    ends = []
+    for name, victims in (("whole", ("",)), ("cut", ("1", ""))):
+        flags = [*SMALL, f"--config.workdir={tmp_path / name}", "--config.train.save_every=2"]
+        sft = tmp_path / name / "sft"
+        for victim in victims:
+            told = environment | {"STAGE": "sft", "VICTIM": victim}
+            codes, errors = _together("rollout.py", flags, told)
+            if victim:
+                assert codes[1] == -signal.SIGKILL, errors[1][-2000:]
+                assert json.loads((sft / "progress.json").read_text())["step"] == 2
+        assert codes == [0, 0], (errors[0][-2000:], errors[1][-2000:])
+        ends.append(
+            (json.loads((sft / "done.json").read_text()), (sft / "metrics.jsonl").read_text())
+        )
+    assert ["goes on after step 2" in text for text in errors] == [True, True]
+    assert ends[0] == ends[1]
+
+
+@pytest.mark.slow
 def test_a_whole_run_is_that_of_one_process(tmp_path, environment):
     both, alone = tmp_path / "both", tmp_path / "alone"
     flags = [*SMALL, HOSTS, f"--config.workdir={both}"]

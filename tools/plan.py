@@ -32,6 +32,11 @@ MODELS = {
 }  # fmt: skip
 
 
+# The compiler's two ways to say that memory ran out; the second counts temporaries alone, and is thus
+# a lower bound.
+_REFUSAL = r"Used ([\d.]+)G of [\d.]+G hbm|for HLO temporaries \(([\d.]+)G\) exceeds"
+
+
 def arguments(given: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
     """Of the command line; the second part is the recipe's."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
@@ -117,10 +122,11 @@ def compiled(step: Any, naive: bool = False) -> dict[str, Any]:
     try:
         program = (plan_naive if naive else plan_step).lower(step).compile()
     except Exception as error:  # XlaRuntimeError; only one of its many reasons is an answer
-        needed = re.search(r"Used ([\d.]+)G of ([\d.]+)G hbm", str(error))
+        needed = re.search(_REFUSAL, str(error))
         if needed is None:
             raise
-        return {"refused": float(needed[1]) * GIB, "seconds": time.perf_counter() - started}
+        size = float(needed[1] or needed[2])
+        return {"refused": size * GIB, "seconds": time.perf_counter() - started}
     found = program.memory_analysis()
     return {
         "arguments": found.argument_size_in_bytes,

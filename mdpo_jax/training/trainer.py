@@ -70,6 +70,13 @@ class Trainer:
     mesh: Mesh | None = None
     adapter: Lora | None = None
 
+    def __post_init__(self) -> None:
+        if self.layout.shared_prompts and not self.forward.shared_prompts:
+            raise ValueError(
+                "forward.shared_prompts: False with a layout that shares prompts; expected True, or "
+                "their tokens would not be seen"
+            )
+
     def fit(
         self, params: Any, batches: Batches, plan: Plan, objective: Objective, *,
         fixed: Fixed = NOTHING, check_step_zero: bool = False, trace: Trace = UNTRACED,

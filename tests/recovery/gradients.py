@@ -10,7 +10,7 @@ from mdpo_jax import hosts
 from mdpo_jax.model import sharding
 from mdpo_jax.training.losses import Forward
 
-FORWARD = Forward(remat="full", logprob_chunk=24)
+FORWARD = Forward(remat="full", logprob_chunk=24, shared_prompts=True)
 
 
 def _found(shape):

@@ -3,7 +3,7 @@
 Result    none yet; the paper has no Gemma 3
 Hardware  by count of bytes: 16 a parameter (float32 weights, gradient, two moments) x 3.88 B
           = 62 GB over the mesh, and 2 a parameter (8 GB) for the sampler's copy, beside
-          activations and caches; no plan has been run
+          activations and caches; not planned yet: tools/plan.py --config=gemma3_4b
 Command   python -m mdpo_jax.train --config=gemma3_4b --config.sft.path=DEMONSTRATIONS.jsonl \
               --config.sft.steps=STEPS --config.problems.path=PROMPTS.jsonl
 

@@ -3,7 +3,7 @@
 Result    none yet; the paper has no Llama 3
 Hardware  by count of bytes: 16 a parameter (float32 weights, gradient, two moments) x 8.03 B
           = 128 GB over the mesh, and 2 a parameter (16 GB) for the sampler's copy, beside
-          activations and caches; no plan has been run
+          activations and caches; not planned yet: tools/plan.py --config=llama3_8b
 Command   python -m mdpo_jax.train --config=llama3_8b --config.sft.path=DEMONSTRATIONS.jsonl \
               --config.sft.steps=STEPS --config.problems.path=PROMPTS.jsonl
 

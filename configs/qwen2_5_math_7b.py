@@ -3,7 +3,7 @@
 Result    none yet; the paper has no Qwen
 Hardware  by count of bytes: 16 a parameter (float32 weights, gradient, two moments) x 7.62 B
           = 122 GB over the mesh, and 2 a parameter (15 GB) for the sampler's copy, beside
-          activations and caches; no plan has been run
+          activations and caches; not planned yet: tools/plan.py --config=qwen2_5_math_7b
 Command   python -m mdpo_jax.train --config=qwen2_5_math_7b --config.problems.path=PROMPTS.jsonl \
               --config.problems.test_path=TEST.jsonl
 

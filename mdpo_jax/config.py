@@ -344,13 +344,17 @@ class Mesh:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """One run: SFT, then `iterations` of rollout, grading, pairs and a preference step."""
+    """One run: SFT, then `iterations` of rollout, grading, pairs and a preference step.
+
+    profile: `steps` has the profiler trace a few steps of every training (training/meter.py).
+    """
 
     name: str
     workdir: str = ""
     seed: int = 0
     method: MethodName = "mdpo"
     iterations: int = 3
+    profile: Literal["none", "steps"] = "none"
     model: Model = Model()
     problems: Problems = Problems()
     sft: SFT = SFT()
@@ -368,6 +372,8 @@ class Config:
     def __post_init__(self) -> None:
         _require(self.iterations >= 1, "iterations", self.iterations, "at least 1")
         _require(self.seed >= 0, "seed", self.seed, "at least 0")
+        known = self.profile in ("none", "steps")
+        _require(known, "profile", self.profile, "none or steps")
         _require(
             self.model.path is not None or self.sft.steps > 0,
             "model.path",
@@ -420,9 +426,10 @@ class Config:
 
     def deciding(self) -> dict[str, Any]:
         """`as_dict` without what does not decide the results: where the run, its processes and its
-        servers are, and how often its state is written."""
+        servers are, whether it is profiled, and how often its state is written."""
         fields = self.as_dict()
-        del fields["workdir"], fields["mesh"]["hosts"], fields["train"]["save_every"]
+        del fields["workdir"], fields["profile"], fields["mesh"]["hosts"]
+        del fields["train"]["save_every"]
         for name in TRANSPORT:
             del fields["rollout"][name]
         return fields

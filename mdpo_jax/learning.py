@@ -31,6 +31,8 @@ class Train:
     that of both kinds of adamw.
     ema: decay of an average of the parameters, kept in float32 beside them, which is what the stage
     saves; 0 for none.
+    shared_prompts: `auto` has a pair's prompt there once, and both sides go on from it, where they fit
+    into one row and the attention kernel can (not on TPU); the loss is the same.
     rows x row_length tokens form a micro-batch; a step takes as many as its pairs need.  rows is
     rounded up to what mesh.data x mesh.fsdp divides; row_length bounds a sequence.
     layout: `fitted` chooses for each stage fewer rows or tokens a row, as its data fill them best (a
@@ -68,6 +70,7 @@ class Train:
     beta2: float = 0.999
     weight_decay: float = 0.0
     clip: float = 1.0
+    shared_prompts: Literal["auto", "never"] = "auto"
     rows: int = 8
     row_length: int = 4096
     logprob_chunk: int = 2048

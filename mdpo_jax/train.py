@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from mdpo_jax.config import Config
 from mdpo_jax.doors import EXIT_FAILED, EXIT_OK, interrupts_held, run_door
+from mdpo_jax.host_memory import keep_freed
 from mdpo_jax.smoke import NOTE, is_smoke
 
 
@@ -40,13 +41,14 @@ def _several() -> bool:
 
 
 def _train(config: Config) -> None:
+    keep_freed()  # before jax is there
     with interrupts_held():
         from rich.console import Console
 
         from mdpo_jax import hosts
     hosts.connect(config.mesh.hosts)  # before anything below looks for devices
     with interrupts_held():
-        from mdpo_jax.pipeline import exporting, loop, summary
+        from mdpo_jax.pipeline import exporting, loop, stages, summary
         from mdpo_jax.reporting.console import results_table
 
     console = Console()
@@ -67,6 +69,9 @@ def _train(config: Config) -> None:
     chosen = results["chosen_iteration"]
     if is_smoke(config):
         console.print(f"[bold]{NOTE}[/bold]")
+    for folder_name in ("sft", "iteration-*/train"):
+        for trace in sorted(config.directory.glob(f"{folder_name}/{stages.PROFILE}")):
+            console.print(f"profile {trace}")
     console.print(f"results {config.directory / 'results.json'}")
     console.print(f"export  {folder} (iteration {chosen}, the best on dev)\nreport  {page}")
 

@@ -212,8 +212,11 @@ class PackedBatch:
     With M micro-batches, R rows of L tokens, S sequence slots and P pair slots a micro-batch:
 
     tokens     [M R L] int32    token ids, 0 at padding
-    segments   [M R L] int32    1 + sequence slot of each token, 0 at padding (unique in M)
+    segments   [M R L] int32    1 + sequence slot of each token, 0 at padding (unique in M); above S
+                                in a prompt that two sequences share
     positions  [M R L] int32    position within the sequence
+    prefixes   [M R L 2] int32  first place in the row of the shared prompt that the token's sequence
+                                goes on from, and the place after its last; 0, 0 for none
     weights    [M R L] float32  loss weight of the token *as a target*
     reference  [M R L] float32  log-prob of the token under the reference
     turns      [M R L] int32    turn of the token, from 1; 0 in the prompt
@@ -229,6 +232,7 @@ class PackedBatch:
     tokens: np.ndarray
     segments: np.ndarray
     positions: np.ndarray
+    prefixes: np.ndarray
     weights: np.ndarray
     reference: np.ndarray
     turns: np.ndarray

@@ -66,6 +66,13 @@ def trajectories(count=12):
     return tuple(out)
 
 
+def learnt(path):
+    """Rows of a metrics.jsonl, without how long the steps took and what memory they held."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    measured = ("speed/", "memory/")
+    return [{k: v for k, v in row.items() if not k.startswith(measured)} for row in rows]
+
+
 def write_model(folder, family="gemma", max_shard_bytes=10**9, **fields):
     """A small random model as a Hugging Face folder with a tokenizer; returns its config."""
     import json

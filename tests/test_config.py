@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 
 from mdpo_jax.config import ConfigError
@@ -124,7 +126,12 @@ def test_the_papers_models_have_the_papers_rates(name, learning_rate, sft, raft)
 
 def test_the_fingerprint_ignores_the_place_and_sees_the_rest():
     base = parse(["--config=tiny"])
-    assert parse(["--config=tiny", "--config.workdir=/x"]).fingerprint() == base.fingerprint()
+    for place in ("workdir=/x", "profile=steps"):
+        assert parse(["--config=tiny", f"--config.{place}"]).fingerprint() == base.fingerprint()
+    with pytest.raises(ConfigError, match="profile=all: expected one of none, steps"):
+        parse(["--config=tiny", "--config.profile=all"])
+    with pytest.raises(ConfigError, match="profile='all': expected none or steps"):
+        dataclasses.replace(base, profile="all")
     other = parse(["--config=tiny", "--config.train.eta=0.5"])
     assert other.fingerprint() != base.fingerprint()
     assert differences(base.as_dict(), other.as_dict()) == ["train.eta: 1.0 -> 0.5"]

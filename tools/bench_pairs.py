@@ -17,6 +17,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mdpo_jax.model import flops
+from mdpo_jax.model.families import ModelConfig
+
 EOS, FIRST_TOKEN = 1, 4
 
 
@@ -69,16 +72,11 @@ def _acted(rng: np.random.Generator, length: int) -> np.ndarray:
     return mask
 
 
-def step_flops(config: Any, pairs: Sequence[BenchPair], in_step: bool) -> float:
-    """FLOPs that a step needs without padding or sharing: a forward, two more of the backward, and
-    one of a reference in the step.  Attention is causal; the embedding is a lookup, the head not."""
-    queries = config.num_heads * config.head_dim
-    keys = config.num_kv_heads * config.head_dim
-    layer = config.hidden_size * (2 * queries + 2 * keys + 3 * config.intermediate_size)
-    weights = config.num_layers * layer + config.vocab_size * config.hidden_size
+def step_flops(config: ModelConfig, pairs: Sequence[BenchPair], in_step: bool) -> float:
+    """FLOPs that a step needs without padding or sharing, the head over every token, as the peers
+    count them."""
     lengths = [n for pair in pairs for n in pair.lengths]
-    attention = config.num_layers * sum(2 * queries * n * n for n in lengths)
-    return (4 if in_step else 3) * (2 * weights * sum(lengths) + attention)
+    return flops.step_flops(config, lengths, sum(lengths), reference=in_step)
 
 
 class Lap(NamedTuple):
@@ -93,7 +91,7 @@ class Lap(NamedTuple):
     processed: int
 
 
-def figures(config: Any, laps: Sequence[Lap], in_step: bool) -> dict[str, Any]:
+def figures(config: ModelConfig, laps: Sequence[Lap], in_step: bool) -> dict[str, Any]:
     """The fields that every training benchmark prints."""
     wall, cpu = sum(lap.wall for lap in laps), sum(lap.cpu for lap in laps)
     real = [sum(sum(pair.lengths) for pair in lap.pairs) for lap in laps]

@@ -5,8 +5,9 @@
 Without --model, random Gemma weights of that size.  The model's folder needs config.json and
 safetensors, and no tokenizer.  `precomputed` scores the reference before the clock starts.
 Observations do not count in the loss, as they do in TRL's, but every one of their tokens is
-computed.  Tokens are useful that are not padding; FLOPs are those that a step needs
-(tools/bench_pairs.py).
+computed.  Tokens are useful that are not padding, a prompt once for each side; FLOPs are those that
+a step needs without sharing it (tools/bench_pairs.py), so `real_fraction` may be over 1.
+Each step takes the row length, of a few, that leaves the least padding.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 import numpy as np
 from bench_pairs import BenchPair, Lap, figures, make_pairs, rounded
 
+from mdpo_jax.host_memory import keep_freed
 from mdpo_jax.learning import OptimiserName
 
 SIZES = {
@@ -45,7 +47,14 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=1, help="steps left out of the figures")
     parser.add_argument("--max-len", type=int, default=1024, help="of a sequence, and of a row")
-    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--rows", type=int, default=1, help="of a micro-batch")
+    parser.add_argument("--lengths", type=int, default=20, help="row lengths to choose from; 1: the "
+                        "longest for every step")  # fmt: skip
+    parser.add_argument(
+        "--apart", action="store_true", help="both sides with a prompt of their own"
+    )
+    parser.add_argument("--whole-head", action="store_true",
+                        help="log-probs of all tokens at once, in place of chunks")  # fmt: skip
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--remat", choices=["none", "full", "dots"], default="none")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
@@ -96,21 +105,34 @@ def sides(pair: BenchPair) -> tuple[Any, Any]:
     return chosen, one(pair.rejected, pair.rejected_mask)
 
 
+def row_lengths(max_len: int, count: int) -> list[int]:
+    """`count` lengths in even steps of 64s; the longest holds both sides of any pair."""
+    most = -(-2 * max_len // 64)
+    step = max(1, most // (2 * count))
+    return [64 * n for n in range(most, most // 2 - 3, -step)][:count][::-1]
+
+
 def measure(options: argparse.Namespace, config: Any, params: Any) -> dict[str, Any]:
     """Run the steps; the fields that depend on them."""
     import jax
 
+    from mdpo_jax.data.fitting import best_length
     from mdpo_jax.data.packing import Layout, pack
+    from mdpo_jax.model.kernels import sees_prefixes
     from mdpo_jax.training.losses import Forward, Objective
     from mdpo_jax.training.state import Optimiser, init_state
     from mdpo_jax.training.step import Fixed, make_step, put
     from mdpo_jax.training.trainer import Trainer, copy_params
 
     in_step, size = options.reference == "in_step", options.pairs
-    forward = Forward("bfloat16" if options.bf16 else "float32", options.remat,
-                      attention=options.attention)  # fmt: skip
+    shared = sees_prefixes(options.attention, jax.default_backend()) and not options.apart
+    forward = Forward(
+        "bfloat16" if options.bf16 else "float32", options.remat,
+        1 << 30 if options.whole_head else 2048, options.attention, shared,
+    )  # fmt: skip
     optimiser = Optimiser(name=options.optimiser)
-    layout = Layout(options.rows, options.max_len, 2 * size)
+    lengths = row_lengths(options.max_len, options.lengths)
+    layout = Layout(options.rows, lengths[-1], 2 * size, shared)
     count = options.warmup + options.steps
     pairs = make_pairs(size * count, SIZES[options.size][0], options.seed, options.max_len)
     groups = [sides(pair) for pair in pairs]
@@ -125,18 +147,25 @@ def measure(options: argparse.Namespace, config: Any, params: Any) -> dict[str, 
     step = make_step(config, forward, Objective("pairs", eta=0.1), optimiser)
     size_before = step._cache_size()  # pyright: ignore[reportAttributeAccessIssue]
     state, laps, first = init_state(params, optimiser), [], None
-    for index in range(count):
-        here = slice(index * size, (index + 1) * size)
+    steps = [slice(index * size, (index + 1) * size) for index in range(count)]
+    layouts = [best_length(groups[here], layout, lengths) for here in steps]
+    for shape in set(layouts):  # compiled before the clock starts, as a run's first steps do
+        here = steps[layouts.index(shape)]
+        spare = init_state(copy_params(params), optimiser)
+        step(spare, put(pack(groups[here], shape), None), np.float32(0), fixed)
+    for here, shape in zip(steps, layouts, strict=True):
         wall, cpu = time.perf_counter(), time.process_time()
-        batch = pack(groups[here], layout)
+        batch = pack(groups[here], shape)
         state, metrics = step(state, put(batch, None), np.float32(1e-6), fixed)
         jax.block_until_ready((state, metrics))
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         first = float(metrics["loss"]) if first is None else first
         micros = int(batch.sequence_mask.any(axis=1).sum())
-        laps.append(Lap(wall, cpu, pairs[here], micros * layout.rows * layout.row_length))
+        laps.append(Lap(wall, cpu, pairs[here], micros * shape.rows * shape.row_length))
     return figures(config, laps[options.warmup :], in_step) | {
         "first_loss": first,
+        "row_lengths": sorted({shape.row_length for shape in layouts}),
+        "shared_prompts": shared,
         "compilations": step._cache_size() - size_before,  # pyright: ignore[reportAttributeAccessIssue]
         "device": jax.devices()[0].device_kind,
     }
@@ -147,6 +176,7 @@ def main(given: Sequence[str] | None = None) -> None:
     from mdpo_jax.model.families import count_params
 
     options = arguments(given)
+    keep_freed()  # as the train door does
     config, params = model(options)
     line = {
         "bench": "dpo_step", "peer": "mdpo_jax", "size": options.size,

@@ -40,10 +40,11 @@ def arrange(groups: Sizes, rows: int, length: int, slots: int) -> list[Places]:
 def fit_rows(sizes: Sequence[int], rows: int, length: int) -> list[int] | None:
     """The row of each sequence, or None where they are not found to fit.
 
-    Each row takes the longest sequence left and, with it, those that fill the row best: an exact
-    subset sum, which of equals prefers few and long ones (minimum bin slack, Gupta & Ho 1999).
+    A sequence of 0 tokens is within another one's.  Each row takes the longest sequence left and, with
+    it, those that fill the row best: an exact subset sum, which of equals prefers few and long ones
+    (minimum bin slack, Gupta & Ho 1999).
     """
-    left = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
+    left = sorted((i for i, size in enumerate(sizes) if size), key=lambda i: (-sizes[i], i))
     place = [0] * len(sizes)
     for row in range(rows):
         if not left:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
-from mdpo_jax.data.batches import Batches
-from mdpo_jax.data.bins import Sizes, arrange
-from mdpo_jax.data.packing import Layout, pieces
+from mdpo_jax.data.batches import Batches, Groups
+from mdpo_jax.data.bins import arrange
+from mdpo_jax.data.packing import Item, Layout, pieces, shared_prompt
 
 UNIT = 128  # of a row's length: kernels' blocks are multiples of it
 _SAMPLED = 64  # steps that are laid out to compare shapes
@@ -17,19 +18,35 @@ _SAMPLED = 64  # steps that are laid out to compare shapes
 _MICRO, _LENGTH = 0.01, 0.03 / 2048
 
 
+class Need(NamedTuple):
+    """Lengths of a group's sequences, and of all of it in one row with a shared prompt; 0 without."""
+
+    apart: list[int]
+    joint: int = 0
+
+    def pieces(self, length: int) -> list[int]:
+        """As `packing.pieces` has them, in rows of `length`."""
+        return [self.joint, 0] if 0 < self.joint <= length else self.apart
+
+
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """Lengths of the groups of a step's loops: its batch, and KTO's stand-ins if it has them."""
+    """What the groups of a step's loops need: its batch, and KTO's stand-ins if it has them."""
 
-    loops: Sequence[Sequence[Sequence[int]]]
+    loops: Sequence[Sequence[Need]]
 
     def micros(self, layout: Layout) -> int:
         """How many micro-batches it takes."""
-        return sum(len(arrange(groups, *dataclasses.astuple(layout))) for groups in self.loops)
+        length = layout.row_length
+        return sum(
+            len(arrange([n.pieces(length) for n in needs], layout.rows, length, layout.sequences))
+            for needs in self.loops
+        )
 
     def least(self, tokens: int) -> int:
         """How many of so many tokens it takes at least."""
-        return sum(-(-sum(map(sum, groups)) // tokens) for groups in self.loops)
+        totals = (sum(n.joint or sum(n.apart) for n in needs) for needs in self.loops)
+        return sum(-(-total // tokens) for total in totals)
 
 
 def fitted(batches: Batches, steps: int, within: Layout, ways: int, longest: int) -> Layout:
@@ -42,8 +59,8 @@ def fitted(batches: Batches, steps: int, within: Layout, ways: int, longest: int
     What is compared is how the stage's own batches pack, up to 64 of them.
     """
     numbers = range(0, steps, -(-steps // _SAMPLED))
-    sample = [_sizes(batches, number) for number in numbers]
-    slots = max(sum(map(len, groups)) for step in sample for groups in step.loops)
+    sample = [_needs(batches[number], within.shared_prompts) for number in numbers]
+    slots = max(sum(len(n.apart) for n in needs) for step in sample for needs in step.loops)
     within = dataclasses.replace(within, sequences=slots)
     full = sum(step.micros(within) for step in sample)
 
@@ -77,9 +94,28 @@ def _candidates(within: Layout, ways: int, longest: int) -> Iterator[Layout]:
         yield dataclasses.replace(within, rows=rows)
 
 
-def _sizes(batches: Batches, step: int) -> Step:
-    groups = batches[step]
+def _needs(groups: Groups, shared: bool) -> Step:
     found = [entry.mismatched for group in groups for entry in group]
-    beside: Sizes = [[len(entry.ids)] for entry in found if entry is not None]
-    own: Sizes = [pieces(group) for group in groups]
+    beside = [Need([len(entry.ids)]) for entry in found if entry is not None]
+    own = [Need(pieces(g), _joint(g) if shared and len(g) == 2 else 0) for g in groups]
     return Step([own, beside] if beside else [own])
+
+
+def _joint(pair: Sequence[Item]) -> int:
+    common = shared_prompt(*pair)
+    return sum(pieces(pair)) - common if common else 0
+
+
+def best_length(groups: Groups, layout: Layout, lengths: Sequence[int]) -> Layout:
+    """The layout, with the one of these row lengths by which the groups take the fewest tokens with
+    padding; of equal ones the shortest.  Raises ValueError, as `pack`, if none holds them."""
+    step, found, refused = _needs(groups, layout.shared_prompts), [], None
+    for length in sorted(lengths):
+        shape = dataclasses.replace(layout, row_length=length)
+        try:
+            found.append((step.micros(shape) * length, length, shape))
+        except ValueError as error:
+            refused = error
+    if refused is not None and not found:
+        raise refused
+    return min(found)[2]

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mdpo_jax.model.kernels import KERNELS, choose
+from mdpo_jax.model.kernels import KERNELS, Prefix, choose, visible
 from mdpo_jax.model.skipping import skipping
 
 BLOCK = 512  # queries whose scores exist at one time
@@ -26,9 +26,10 @@ def attend(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    prefix: Prefix | None = None,
     backend: str = "auto",
 ) -> Float[Array, "rows length heads head_dim"]:
-    """Each token attends to those of its segment at or before its place in the row.
+    """Each token attends to those of its segment and of its prefix at or before its place in the row.
 
     softcap: cap * tanh(score / cap), before the mask.  Padding (segment 0) attends to padding, or
     gives 0: garbage that nothing reads, but finite.  backend: `auto` takes what kernels.py has for the
@@ -42,11 +43,11 @@ def attend(
     if backend not in BACKENDS:
         raise ValueError(f"backend: {backend!r}; expected one of auto, {', '.join(BACKENDS)}")
     return BACKENDS[backend](
-        q_BTHK, k_BSGK, v_BSGK, segments, scale=scale, window=window, softcap=softcap
+        q_BTHK, k_BSGK, v_BSGK, segments, scale=scale, window=window, softcap=softcap, prefix=prefix
     )
 
 
-def _reference(q_BTHK, k_BSGK, v_BSGK, segments_BT, *, scale, window, softcap):
+def _reference(q_BTHK, k_BSGK, v_BSGK, segments_BT, *, scale, window, softcap, prefix):
     """Plain einsums, in blocks of queries that see only the keys that they can reach.
 
     block 0  |x      |      scores of one block are [B, G, M, BLOCK, S] and are computed
@@ -55,19 +56,17 @@ def _reference(q_BTHK, k_BSGK, v_BSGK, segments_BT, *, scale, window, softcap):
     """
     length = q_BTHK.shape[1]
 
-    def block(start: int, stop: int, q, k, v, segments):
-        first = 0 if window is None else max(0, start - window + 1)
-        places = jnp.arange(first, stop)
-        mask_BTS = segments[:, start:stop, None] == segments[:, None, first:stop]
-        mask_BTS &= _causal(jnp.arange(start, stop)[:, None], places[None, :], window)
+    def block(start: int, stop: int, q, k, v, segments, prefix):
+        first = 0 if window is None or prefix is not None else max(0, start - window + 1)
+        mask_BTS = visible(segments, prefix, first, start, stop, window)
         k_BGKS = k[:, first:stop].transpose(0, 2, 3, 1)
         v_BGSK = v[:, first:stop].transpose(0, 2, 1, 3)
         return _masked(q[:, start:stop], k_BGKS, v_BGSK, mask_BTS, scale, softcap)
 
     if length <= BLOCK:
-        return block(0, length, q_BTHK, k_BSGK, v_BSGK, segments_BT)
+        return block(0, length, q_BTHK, k_BSGK, v_BSGK, segments_BT, prefix)
     block = jax.checkpoint(block, static_argnums=(0, 1), prevent_cse=False)
-    blocks = [block(a, b, q_BTHK, k_BSGK, v_BSGK, segments_BT) for a, b in _spans(length)]
+    blocks = [block(a, b, q_BTHK, k_BSGK, v_BSGK, segments_BT, prefix) for a, b in _spans(length)]
     return jnp.concatenate(blocks, axis=1)
 
 

@@ -1,12 +1,13 @@
 """Packed causal attention on accelerators: the kernels, and which of them a platform gets.
 
-Every kernel is `f(q_BTHK, k_BSGK, v_BSGK, segments_BT, *, scale, window, softcap) -> out_BTHK`: token t
-sees token s <= t of its row if their segments are equal and, under a window, t - s < window.
+Every kernel is `f(q_BTHK, k_BSGK, v_BSGK, segments_BT, *, scale, window, softcap, prefix) -> out_BTHK`:
+token t sees token s <= t of its row if their segments are equal or s is in t's prefix and, under a
+window, if t - s < window.
 
-    backend        platform  window     softcap  head_dim             skips blocks outside
-    splash         TPU       yes        yes      any, padded to 128s  the triangle and the window
-    cudnn          CUDA      in a mask  refused  multiples of 8       the triangle
-    pallas_triton  GPU       refused    refused  up to 256            the triangle
+    backend        platform  window     softcap  prefix   head_dim             skips blocks outside
+    splash         TPU       yes        yes      refused  any, padded to 128s  the triangle, the window
+    cudnn          CUDA      in a mask  refused  yes      multiples of 8       the triangle
+    pallas_triton  GPU       refused    refused  refused  up to 256            the triangle
 
 No kernel here skips the blocks between two segments: segments are data, their block grids are
 static.  On a CPU, where loops may have traced bounds, skipping.py does.
@@ -20,7 +21,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,47 @@ CUDNN_LENGTH = 16384  # beyond it, the mask and its unwanted gradient take over 
 SPLASH_DTYPES = (jnp.bfloat16, jnp.float32)
 HALVES = (jnp.bfloat16, jnp.float16)
 
-Local = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+Local = Callable[[jax.Array, jax.Array, jax.Array, Any], jax.Array]
+
+# Backends in which a segment may go on from another one.
+WITH_PREFIX = ("reference", "skipping", "cudnn")
+
+
+def sees_prefixes(backend: str, platform: str) -> bool:
+    """Whether a `Prefix` may be given; whatever `choose` takes for the platform may do."""
+    return platform != "tpu" if backend == "auto" else backend in WITH_PREFIX
+
+
+class Prefix(NamedTuple):
+    """What tokens see beside their own segment, where two segments go on from one.
+
+        row        | P P P P P | A A A | B B B B |      A and B go on from P
+        bounds     | 0,0 ...   | 0,5   | 0,5     |
+        positions  | 0 1 2 3 4 | 5 6 7 | 5 6 7 8 |
+
+    bounds: first place in the row and the place after the last; equal ones for none.
+    positions: of each token in its sequence; windows are measured by them.
+    """
+
+    bounds: Int[Array, "rows length 2"]
+    positions: Int[Array, "rows length"]
+
+
+def visible(
+    segments_BT: Array, prefix: Prefix | None, first: int, start: int, stop: int,
+    window: int | None,
+) -> Array:  # fmt: skip
+    """Bool [rows, stop - start, stop - first]: which keys from `first` on each query sees."""
+    queries, keys = jnp.arange(start, stop)[:, None], jnp.arange(first, stop)[None]
+    mask = segments_BT[:, start:stop, None] == segments_BT[:, None, first:stop]
+    apart = queries - keys
+    if prefix is not None:
+        begin, end = (prefix.bounds[:, start:stop, None, i] for i in range(2))
+        mask |= (keys >= begin) & (keys < end)
+        positions = prefix.positions
+        apart = positions[:, start:stop, None] - positions[:, None, first:stop]
+    mask &= queries >= keys
+    return mask if window is None else mask & (apart < window)
 
 
 def choose(
@@ -75,15 +116,16 @@ def splash(
     scale: float,
     window: int | None,
     softcap: float | None,
+    prefix: None = None,
     interpret: bool = False,
 ) -> Float[Array, "rows length heads head_dim"]:
     """Splash attention on TPU; float32 scores, softmax and sums.
 
     Any length and head_dim: both are padded, the length with segment 0.  interpret: run the kernel
     as plain jax, on any platform and slowly; for tests.
-    Raises ValueError for a dtype other than bfloat16 and float32.
+    Raises ValueError for a dtype other than bfloat16 and float32, and for a prefix.
     """
-    check("splash", q_BTHK, k_BSGK, window)
+    check("splash", q_BTHK, k_BSGK, window, prefix)
     if q_BTHK.dtype not in SPLASH_DTYPES:
         raise _refused("splash", "dtype", q_BTHK.dtype, "bfloat16 or float32")
     local = functools.partial(
@@ -101,6 +143,7 @@ def cudnn(
     scale: float,
     window: int | None,
     softcap: float | None,
+    prefix: Prefix | None = None,
 ) -> Float[Array, "rows length heads head_dim"]:
     """cuDNN's flash attention, through `jax.nn.dot_product_attention`.
 
@@ -116,7 +159,7 @@ def cudnn(
     if head_dim % 8 or head_dim > 256:
         raise _refused("cudnn", "head_dim", head_dim, "a multiple of 8, at most 256")
     local = functools.partial(_cudnn_rows, scale=scale, window=window)
-    return on_mesh(local, q_BTHK, k_BSGK, v_BSGK, segments_BT)
+    return on_mesh(local, q_BTHK, k_BSGK, v_BSGK, (segments_BT, prefix))
 
 
 def pallas_triton(
@@ -128,14 +171,15 @@ def pallas_triton(
     scale: float,
     window: int | None,
     softcap: float | None,
+    prefix: None = None,
     interpret: bool = False,
 ) -> Float[Array, "rows length heads head_dim"]:
     """jax's Triton flash attention: no dense mask, and key heads repeated to the query heads.
 
     interpret: run the kernel as plain jax, on any platform and slowly; for tests.
-    Raises ValueError for a soft-cap, a window shorter than the row, or a head_dim over 256.
+    Raises ValueError for a soft-cap, a prefix, a window shorter than the row, or a head_dim over 256.
     """
-    check("pallas_triton", q_BTHK, k_BSGK, window)
+    check("pallas_triton", q_BTHK, k_BSGK, window, prefix)
     length, head_dim = q_BTHK.shape[1], q_BTHK.shape[-1]
     if softcap is not None:
         raise _refused("pallas_triton", "softcap", softcap, "None: the kernel cannot cap scores")
@@ -155,8 +199,10 @@ KERNELS: dict[str, Callable[..., jax.Array]] = {
 }
 
 
-def on_mesh(local: Local, q_BTHK, k_BSGK, v_BSGK, segments_BT) -> jax.Array:
+def on_mesh(local: Local, q_BTHK, k_BSGK, v_BSGK, packed: Any) -> jax.Array:
     """`local` on each device's share: rows over ("data", "fsdp"), heads over "tensor".
+
+    packed: segments, or a tree of arrays of rows; `local` gets its rows of it.
 
     A kernel is opaque to the partitioner, which would gather all rows to every device.  Where
     "tensor" divides the query heads but not the key heads, each key head is repeated until it does:
@@ -167,22 +213,22 @@ def on_mesh(local: Local, q_BTHK, k_BSGK, v_BSGK, segments_BT) -> jax.Array:
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return local(q_BTHK, k_BSGK, v_BSGK, segments_BT)
+        return local(q_BTHK, k_BSGK, v_BSGK, packed)
     q_spec = partition(("rows", None, "heads", None), q_BTHK.shape, mesh)
     if len(q_spec) > 2:  # the heads are sharded
         kv_heads, ways = k_BSGK.shape[2], math.prod(mesh.shape[name] for name in RULES["heads"])
         repeats = math.lcm(kv_heads, ways) // kv_heads
         k_BSGK, v_BSGK = _repeat_heads(k_BSGK, repeats), _repeat_heads(v_BSGK, repeats)
     kv_spec = partition(("rows", None, "kv_heads", None), k_BSGK.shape, mesh)
-    segments_spec = partition(("rows", None), segments_BT.shape, mesh)
+    packed_spec = partition(("rows",), q_BTHK.shape[:1], mesh)
     sharded = jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(q_spec, kv_spec, kv_spec, segments_spec),
+        in_specs=(q_spec, kv_spec, kv_spec, packed_spec),
         out_specs=q_spec,
         check_vma=False,  # a pallas call does not say over which axes its results vary
     )
-    return sharded(q_BTHK, k_BSGK, v_BSGK, segments_BT)
+    return sharded(q_BTHK, k_BSGK, v_BSGK, packed)
 
 
 def _splash_rows(
@@ -243,7 +289,7 @@ def _splash_mask(length: int, heads: int, window: int | None) -> Any:
     return lib.MultiHeadMask([mask] * heads)
 
 
-def _cudnn_rows(q_BTHK, k_BSGK, v_BSGK, segments_BT, *, scale, window) -> jax.Array:
+def _cudnn_rows(q_BTHK, k_BSGK, v_BSGK, packed, *, scale, window) -> jax.Array:
     """One device's rows and heads through cuDNN, segments and window as a dense mask [B, 1, T, S].
 
     jax's public interface has no packed layout.  The window is in the mask and not an argument
@@ -252,11 +298,10 @@ def _cudnn_rows(q_BTHK, k_BSGK, v_BSGK, segments_BT, *, scale, window) -> jax.Ar
     """
     length = q_BTHK.shape[1]
     # jax gives a mask a gradient, and cuDNN before 9.5 has that only for multiples of 64.
-    q, k, v, segments = (_pad_length(x, 64) for x in (q_BTHK, k_BSGK, v_BSGK, segments_BT))
-    mask_BTS = segments[:, :, None] == segments[:, None, :]
-    if window is not None and window < length:
-        places = jnp.arange(segments.shape[1])
-        mask_BTS &= places[:, None] - places[None, :] < window
+    padded = [q_BTHK, k_BSGK, v_BSGK, packed]
+    q, k, v, (segments, prefix) = jax.tree.map(lambda x: _pad_length(x, 64), padded)
+    narrow = window if window is not None and window < length else None
+    mask_BTS = visible(segments, prefix, 0, 0, segments.shape[1], narrow)
     out_BTHK = jax.nn.dot_product_attention(
         q, k, v, mask=mask_BTS[:, None], scale=scale, is_causal=True, implementation="cudnn"
     )
@@ -304,8 +349,11 @@ def _cudnn_head_dim() -> int:
     return 256 if float(capability) >= 9 else 128
 
 
-def check(backend: str, q_BTHK, k_BSGK, window: int | None) -> None:
-    """Raises ValueError for key heads that do not divide the heads, or a window below 1."""
+def check(backend: str, q_BTHK, k_BSGK, window: int | None, prefix: Prefix | None = None) -> None:
+    """Raises ValueError for key heads that do not divide the heads, a window below 1, or a prefix."""
+    if prefix is not None:
+        accepted = f"None; segments that go on from another one need {', '.join(WITH_PREFIX)}"
+        raise _refused(backend, "prefix", "one", accepted)
     heads, kv_heads = q_BTHK.shape[2], k_BSGK.shape[2]
     if heads % kv_heads:
         raise _refused(backend, "kv_heads", kv_heads, f"a divisor of the {heads} heads")

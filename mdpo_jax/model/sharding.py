@@ -8,9 +8,11 @@ tensor  heads, mlp, vocab
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mdpo_jax.model.families import ModelConfig, nest, weight_map
@@ -20,6 +22,7 @@ MESH_AXES = ("data", "fsdp", "tensor")
 # Logical axis -> mesh axes; an axis that is absent here is replicated.
 RULES: dict[str, tuple[str, ...]] = {
     "rows": ("data", "fsdp"),
+    "row_groups": ("data",),  # where fsdp is needed for another axis
     "embed": ("fsdp",),
     "vocab": ("tensor",),
     "heads": ("tensor",),
@@ -28,16 +31,22 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 
 
-def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+def make_mesh(
+    data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None
+) -> Mesh:
     """A mesh of the first data * fsdp * tensor devices, axes ("data", "fsdp", "tensor"), all Auto.
 
-    Raises ValueError if an axis is not positive or the product does not divide the device count.
+    devices: none takes all that there are.  Where they are of several TPU slices, which only a
+    data centre's network joins, the slowest part of `data` is over the slices and all else within
+    one.  Raises ValueError if an axis is not positive, if the product does not divide the device
+    count, or if slices do not divide `data`.
     """
     shape = (data, fsdp, tensor)
     for name, size in zip(MESH_AXES, shape, strict=True):
         if size < 1:
             raise ValueError(f"mesh.{name}: {size}; expected a positive integer")
-    size, devices = math.prod(shape), jax.devices()
+    size = math.prod(shape)
+    devices = list(jax.devices() if devices is None else devices)
     if len(devices) % size:
         raise ValueError(
             f"mesh: data {data} x fsdp {fsdp} x tensor {tensor} = {size} does not divide "
@@ -45,6 +54,17 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
         )
     # The first argument was renamed in jax 0.12; the default axis type is Explicit.
     kinds = (AxisType.Auto,) * len(MESH_AXES)
+    # On other platforms a "slice" is a node, over which fsdp is as good as any axis.
+    slices = len({getattr(d, "slice_index", None) for d in devices if d.platform == "tpu"})
+    if slices > 1:
+        if data % slices or size != len(devices):
+            raise ValueError(
+                f"mesh: data {data} x fsdp {fsdp} x tensor {tensor} over {len(devices)} devices of "
+                f"{slices} slices; expected all of them, with mesh.data a multiple of {slices}"
+            )
+        within = (data // slices, fsdp, tensor)
+        order = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices)
+        return Mesh(order, MESH_AXES, axis_types=kinds)
     return jax.make_mesh(shape, MESH_AXES, axis_types=kinds, devices=devices[:size])
 
 
@@ -102,3 +122,28 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if mesh.empty or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, partition(axes, x.shape, mesh))
+
+
+Pin = Callable[[jax.Array], jax.Array]
+
+
+def head(table_VD: jax.Array) -> tuple[jax.Array, Pin, Pin]:
+    """The unembedding with its vocabulary over the whole mesh, and what pins tokens and logits.
+
+        table at rest     [V, D / fsdp]     one exchange of the table's share, and one of its
+        table of the head [V / n, D]        gradient, which adds up here chunk after chunk
+        a chunk's tokens  [rows, C, D]      gathered: every device scores all of them on its words
+        their logits      [rows, C, V / n]
+
+    A chunk of tokens is small beside the table, which would else be gathered whole for each of them,
+    and its gradient reduced whole.  Outside of a mesh, or where its devices do not divide the
+    vocabulary, everything stays as it is.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or table_VD.shape[0] % mesh.size:
+        return table_VD, lambda x: x, lambda x: x
+
+    def pin(*entries: Any) -> Pin:
+        return lambda x: jax.lax.with_sharding_constraint(x, PartitionSpec(*entries))
+
+    return pin(MESH_AXES)(table_VD), pin(), pin(None, None, MESH_AXES)

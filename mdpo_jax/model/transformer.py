@@ -25,6 +25,7 @@ from mdpo_jax.model import caching, tiles
 from mdpo_jax.model.attention import attend, attend_cache
 from mdpo_jax.model.caching import Cache
 from mdpo_jax.model.families import ModelConfig, Rope
+from mdpo_jax.model.kernels import Prefix
 from mdpo_jax.model.sharding import constrain
 
 Params = dict[str, Any]
@@ -152,16 +153,17 @@ class Attention(Projections):
     def _merge(self, out_BTHK: jax.Array) -> jax.Array:
         return self.project("output", self.output, out_BTHK, 2)
 
-    def __call__(self, x_BTD, ropes, segments_BT, kind):
-        """kind: index of the layer's kind, a number or (under a scan) an array."""
+    def __call__(self, x_BTD, ropes, packed, kind):
+        """packed: segments, and their prefixes or None.  kind: index of the layer's kind, a number
+        or (under a scan) an array."""
         c = self.config
         q, k, v = self._heads(x_BTD, _pick(ropes, kind))
 
         def run(window: int | None):
             def attention(q, k, v):
                 return attend(
-                    q, k, v, segments=segments_BT, scale=c.scale, window=window,
-                    softcap=c.attention_cap, backend=self.backend,
+                    q, k, v, segments=packed[0], scale=c.scale, window=window,
+                    softcap=c.attention_cap, prefix=packed[1], backend=self.backend,
                 )  # fmt: skip
 
             return attention
@@ -223,9 +225,9 @@ class Block(nn.Module):
         out_BTD = self.mlp(self.mlp_norm(x_BTD))
         return x_BTD + (self.mlp_post_norm(out_BTD) if sandwich else out_BTD)
 
-    def __call__(self, x_BTD, ropes, segments_BT, kind):
+    def __call__(self, x_BTD, ropes, packed, kind):
         """Returns (x, None), as a scan's body does."""
-        attended = self.attention(self.attention_norm(x_BTD), ropes, segments_BT, kind)
+        attended = self.attention(self.attention_norm(x_BTD), ropes, packed, kind)
         return constrain(self._finish(x_BTD, attended), "rows", None, None), None
 
     def extend(self, x_RTD, rope, kind, cache, span):
@@ -244,9 +246,11 @@ class Transformer(nn.Module):
     backend: str = "auto"
 
     @nn.compact
-    def __call__(self, tokens_BT, positions_BT, segments_BT):
+    def __call__(self, tokens_BT, positions_BT, segments_BT, bounds_BT2=None):
         c, dtypes = self.config, (self.dtype, self.param_dtype)
         x_BTD = Embedder(c, *dtypes, name="embedder")(tokens_BT)
+        # First as the table lies: its gradient takes an exchange back, not every row's whole.
+        x_BTD = constrain(x_BTD, "row_groups", None, "embed")
         x_BTD = constrain(x_BTD, "rows", None, None)
         layers = nn.scan(
             _rematerialised(self.remat),
@@ -257,7 +261,9 @@ class Transformer(nn.Module):
         )
         kinds = jnp.asarray(c.layer_kinds or (0,) * c.num_layers, jnp.int32)
         ropes = _ropes(c, positions_BT)
-        x_BTD, _ = layers(c, *dtypes, self.backend, name="layers")(x_BTD, ropes, segments_BT, kinds)
+        prefix = None if bounds_BT2 is None else Prefix(bounds_BT2, positions_BT)
+        blocks = layers(c, *dtypes, self.backend, name="layers")
+        x_BTD, _ = blocks(x_BTD, ropes, (segments_BT, prefix), kinds)
         if not c.tied:
             Head(c, self.param_dtype, name="head")()
         return RMSNorm(c, self.param_dtype, name="final_norm")(x_BTD)
@@ -357,6 +363,7 @@ def hidden_states(
     tokens_BT: Int[Array, "rows length"],
     positions_BT: Int[Array, "rows length"],
     segments_BT: Int[Array, "rows length"],
+    bounds_BT2: Int[Array, "rows length 2"] | None = None,
     *,
     dtype: Any = jnp.float32,
     remat: str = "none",
@@ -365,12 +372,16 @@ def hidden_states(
     """The training forward, up to and with the final norm, in `dtype`.
 
     A token attends to those before it in the row that have its segment; segment 0 is padding, whose
-    states are finite and mean nothing.  positions: of each token within its segment, for RoPE.
+    states are finite and mean nothing.  positions: of each token within its sequence, for RoPE.
+    bounds: of the prefix that a token sees beside its segment (kernels.Prefix); None: there is none.
     remat: none | full (keep only layer inputs) | dots (keep matrix products).  Under
     `jax.set_mesh(mesh)` activations are pinned to the mesh, rows over ("data", "fsdp").
     """
     model = Transformer(config, dtype, remat=remat, backend=backend)
-    return _apply(model, params, tokens_BT, positions_BT, segments_BT)
+    # A tied table's two gradients meet outside: each is made where its own product lies.
+    table = constrain(params["embedder"]["table"], "vocab", "embed")
+    params = {**params, "embedder": {**params["embedder"], "table": table}}
+    return _apply(model, params, tokens_BT, positions_BT, segments_BT, bounds_BT2)
 
 
 def unembedding(params: Params) -> Float[Array, "vocab hidden"]:

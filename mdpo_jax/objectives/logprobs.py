@@ -3,10 +3,27 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+
+def _same(x: Array) -> Array:
+    return x
+
+
+class Spread(NamedTuple):
+    """What pins a chunk to the devices of a sharded table: its hidden states and targets, and its
+    logits.  Without a mesh all stay as they are."""
+
+    tokens: Callable[[Array], Array] = _same
+    logits: Callable[[Array], Array] = _same
+
+
+UNSPREAD = Spread()
 
 
 def token_log_probs(
@@ -17,6 +34,7 @@ def token_log_probs(
     chunk: int = 2048,
     softcap: float | None = None,
     counted: Bool[Array, "*rows tokens"] | None = None,
+    spread: Spread = UNSPREAD,
 ) -> Float[Array, "*rows tokens"]:
     """log softmax(hidden @ table.T)[target] of each token, float32.
 
@@ -27,13 +45,16 @@ def token_log_probs(
 
         row 0 | . . x x . x |  ->  | x x x | . . . |      counted tokens come first
         row 1 | . x . . . . |      | x . . | . . . |      the second chunk is left out
+
+    spread: of a table that is sharded by vocabulary.
     """
     if targets.ndim == 1:
         one = None if counted is None else counted[None]
         return token_log_probs(
-            hidden[None], table, targets[None], chunk=chunk, softcap=softcap, counted=one
-        )[0]
-    score = functools.partial(_scores, table, softcap)
+            hidden[None], table, targets[None], chunk=chunk, softcap=softcap, counted=one,
+            spread=spread,
+        )[0]  # fmt: skip
+    score = functools.partial(_scores, table, softcap, spread)
     rows, tokens = targets.shape
     wide = min(tokens, max(1, chunk // rows))
     pieces = -(-tokens // wide)
@@ -69,11 +90,16 @@ def token_log_probs(
     return jnp.take_along_axis(jnp.where(first, values, 0), back, axis=1)
 
 
-def _scores(table: Array, softcap: float | None, hidden_RCD: Array, targets_RC: Array) -> Array:
+def _scores(
+    table: Array, softcap: float | None, spread: Spread, hidden_RCD: Array, targets_RC: Array
+) -> Array:
+    hidden_RCD, targets_RC = spread.tokens(hidden_RCD), spread.tokens(targets_RC)
     logits_RCV = jnp.einsum(
         "RCD,VD->RCV", hidden_RCD, table.astype(hidden_RCD.dtype),
         preferred_element_type=jnp.float32,
     )  # fmt: skip
+    # Pinned, and their gradient with them: the choice below would send it all to the rows' devices.
+    logits_RCV = spread.logits(logits_RCV)
     if softcap is not None:
         logits_RCV = softcap * jnp.tanh(logits_RCV / softcap)
     chosen = jnp.take_along_axis(logits_RCV, targets_RC[..., None], axis=-1)[..., 0]

@@ -23,7 +23,7 @@ from mdpo_jax.environment.tool import Tool
 from mdpo_jax.grading.rules import Policy as GradingPolicy
 from mdpo_jax.grading.verdict import Grader
 from mdpo_jax.isolation.sandbox import probe
-from mdpo_jax.model import lora, sharding, transformer
+from mdpo_jax.model import kernels, lora, sharding, transformer
 from mdpo_jax.model.families import ModelConfig
 from mdpo_jax.model.hf_config import small_config
 from mdpo_jax.model.lora import Lora
@@ -224,11 +224,14 @@ class Context:
             beta2=part.beta2, weight_decay=part.weight_decay, clip=t.clip, name=t.optimiser,
             ema=0.0 if sft else t.ema,
         )  # fmt: skip
+        shared = t.shared_prompts == "auto"
+        shared = shared and kernels.sees_prefixes(c.model.attention, jax.default_backend())
+        slots = max(2 * t.batch_pairs, c.sft.batch, c.raft.batch)
         return Trainer(
             self.shape,
-            Forward(c.model.dtype, c.model.remat, t.logprob_chunk, c.model.attention),
+            Forward(c.model.dtype, c.model.remat, t.logprob_chunk, c.model.attention, shared),
             optimiser,
-            Layout(self._rows, t.row_length, max(2 * t.batch_pairs, c.sft.batch, c.raft.batch)),
+            Layout(self._rows, t.row_length, slots, shared),
             self.mesh,
             # A fresh model knows nothing that an adapter could build on.
             self.adapter if c.model.path or not sft else None,

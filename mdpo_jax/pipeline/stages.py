@@ -26,12 +26,15 @@ from mdpo_jax.pipeline.examples import examples
 from mdpo_jax.pipeline.kept import keeper
 from mdpo_jax.pipeline.progress import METRICS, Progress
 from mdpo_jax.pipeline.reference import Sources, checked, identity
-from mdpo_jax.reporting.metrics import MetricsWriter, iterate_metrics
+from mdpo_jax.reporting import speed
+from mdpo_jax.reporting.metrics import MetricsWriter, iterate_metrics, read_metrics
 from mdpo_jax.training.losses import Objective
+from mdpo_jax.training.meter import Trace
 from mdpo_jax.training.step import Fixed
 from mdpo_jax.training.trainer import Plan, Trainer
 from mdpo_jax.types import Problem, Role
 
+PROFILE = "profile"
 _log = logging.getLogger(__name__)
 _COMPARED = 32  # trajectories whose log-probs by sampler and trainer are compared
 
@@ -176,14 +179,15 @@ def sft(context: Context, folder: Path, advance: Advance) -> dict[str, Any]:
     longest = max(packing.longest(groups) for _, groups in single)
     trainer = context.fitted(context.trainer(sft=True), batches, settings.steps, longest)
     saves = Progress(folder, context.config.train.save_every, settings.steps)
-    with _recorded(saves, advance) as report:
+    with _recorded(saves, advance) as report, _traced(context, folder) as trace:
         final = trainer.fit(
             params, batches, plan, Objective("likelihood"), fixed=Fixed(base), report=report,
-            keep=keep, saves=saves,
+            keep=keep, saves=saves, trace=trace,
         )  # fmt: skip
     kept.save(folder / PARAMS, final, base)
     return {
         "steps": settings.steps,
+        "speed": _speed(folder),
         "demonstrations": len(parts[-1][1]),
         "policy": kept.identity(final, base),
         **_rows(folder, trainer),
@@ -248,11 +252,11 @@ def train(
     batches, steps = data.batches(seed), data.plan.steps
     trainer = context.fitted(context.trainer(), batches, steps, data.longest)
     saves = Progress(folder, config.train.save_every, steps)
-    with _recorded(saves, advance) as record:
+    with _recorded(saves, advance) as record, _traced(context, folder) as trace:
         report = _alarmed(record, config.train.displacement_alarm, saves)
         final = trainer.fit(
             params, batches, data.plan, data.objective, fixed=Fixed(base, reference),
-            check_step_zero=at_reference, report=report,
+            check_step_zero=at_reference, report=report, trace=trace,
             keep=keeper(context, folder, steps, base), saves=saves,
         )  # fmt: skip
     kept.save(folder / PARAMS, final, base)
@@ -260,6 +264,7 @@ def train(
         "method": config.method,
         "steps": steps,
         "compilations": trainer.compilations(data.objective),
+        "speed": _speed(folder),
         "policy": kept.identity(final, base),
         "sampler_trainer": apart,
         **_rows(folder, trainer),
@@ -344,3 +349,14 @@ def _recorded(
             advance(1)
 
         yield report
+
+
+def _traced(context: Context, folder: Path) -> Trace:
+    """Of the first process alone: each sees its own devices, and they do the same."""
+    wanted = context.config.profile == "steps" and hosts.first()
+    return Trace(folder / PROFILE if wanted else None)
+
+
+def _speed(folder: Path) -> dict[str, float]:
+    """How fast a stage trained, from its metrics; the first process alone knows."""
+    return speed.summary(read_metrics(folder / METRICS)) if hosts.first() else {}

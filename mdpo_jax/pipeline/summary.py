@@ -14,9 +14,10 @@ from transformers import AutoTokenizer
 from mdpo_jax.config import Config
 from mdpo_jax.data import store
 from mdpo_jax.pipeline.files import DONE, read_json
+from mdpo_jax.reporting import speed
 from mdpo_jax.reporting.metrics import read_metrics
 from mdpo_jax.reporting.plots import pass_at_k_plot
-from mdpo_jax.reporting.sheets import sheets
+from mdpo_jax.reporting.sheets import Sheet, sheets
 from mdpo_jax.reporting.site.build import Report, SampleTrajectory, build_report
 from mdpo_jax.types import Role, Trajectory
 
@@ -50,12 +51,25 @@ def write_report(config: Config) -> Path:
             for row in rows
             if "pass_at_k" in row
         },
+        sheets=tuple(_speed(config)),
         samples=tuple(_samples(config)),
         notes=notes,
         environment={"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
     )
     build_report(directory / "report", report)
     return directory / "report" / "index.html"
+
+
+def _speed(config: Config) -> Iterator[Sheet]:
+    """One table of all trainings whose stages noted their speed."""
+    folders = {"SFT": "sft"}
+    folders |= {
+        f"iteration {t}": f"iteration-{t}/train" for t in range(1, config.last_iteration + 1)
+    }
+    paths = {name: config.directory / folder / DONE for name, folder in folders.items()}
+    found = {n: of for n, p in paths.items() if p.exists() and (of := read_json(p).get("speed"))}
+    if found:
+        yield speed.sheet(found)
 
 
 def _explored(config: Config) -> Iterator[str]:

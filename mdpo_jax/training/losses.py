@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from mdpo_jax import objectives
-from mdpo_jax.model import transformer
+from mdpo_jax.model import sharding, transformer
 from mdpo_jax.model.families import ModelConfig
 from mdpo_jax.objectives.mdpo import Kind
 from mdpo_jax.objectives.mkto import KLConvention
@@ -49,12 +49,14 @@ class Objective:
 
 @dataclasses.dataclass(frozen=True)
 class Forward:
-    """How the trainer runs the model: compute type, remat policy, head chunk, attention backend."""
+    """How the trainer runs the model: compute type, remat policy, head chunk, attention backend, and
+    whether batches hold segments that go on from a shared prompt."""
 
     dtype: str = "float32"
     remat: str = "none"
     logprob_chunk: int = 2048
     attention: str = "auto"
+    shared_prompts: bool = False
 
 
 def scored(
@@ -69,15 +71,18 @@ def scored(
     """
     hidden = transformer.hidden_states(
         config, params, micro["tokens"], micro["positions"], micro["segments"],
+        micro["prefixes"] if forward.shared_prompts else None,
         dtype=jnp.dtype(forward.dtype), remat=forward.remat, backend=forward.attention,
     )  # fmt: skip
+    table, *pins = sharding.head(transformer.unembedding(params))
     values = objectives.token_log_probs(
         hidden[:, :-1],
-        transformer.unembedding(params),
+        table,
         micro["tokens"][:, 1:],
         chunk=forward.logprob_chunk,
         softcap=config.logit_cap,
         counted=None if counted is None else counted[:, 1:],
+        spread=objectives.Spread(*pins),
     )
     return jnp.pad(values, ((0, 0), (1, 0))), hidden
 

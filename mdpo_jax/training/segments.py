@@ -16,7 +16,8 @@ def by_sequence(
     per_token: Shaped[Array, "rows length"], micro: Arrays,
     reduce: Callable[..., Array] = jax.ops.segment_sum,
 ) -> Shaped[Array, " sequences"]:  # fmt: skip
-    """Sums (or what else `reduce` makes) over each sequence's tokens; padding is left out."""
+    """Sums (or what else `reduce` makes) over each sequence's tokens; padding and shared prompts,
+    whose segments are beyond the slots, are left out."""
     slots = micro["sequence_mask"].shape[0]
     flat = reduce(per_token.reshape(-1), micro["segments"].reshape(-1), num_segments=slots + 1)
     return flat[1:]  # segment 0 is padding
@@ -25,5 +26,6 @@ def by_sequence(
 def at_tokens(
     per_sequence: Shaped[Array, " sequences"], micro: Arrays
 ) -> Shaped[Array, "rows length"]:
-    """Each token's sequence's value; 0 at padding."""
-    return jnp.pad(per_sequence, (1, 0))[micro["segments"]]
+    """Each token's sequence's value; 0 at padding and in shared prompts."""
+    padded = jnp.pad(per_sequence, (1, 0))
+    return padded.at[micro["segments"]].get(mode="fill", fill_value=0)

@@ -49,7 +49,7 @@ def put(batch: PackedBatch, mesh: Mesh | None) -> Arrays:
     rows = sharding.batch_sharding(mesh, leading=1)
     replicated = NamedSharding(mesh, PartitionSpec())
     return {
-        name: hosts.place(value, rows if value.ndim == 3 else replicated)
+        name: hosts.place(value, rows if value.ndim >= 3 else replicated)
         for name, value in arrays.items()
     }
 
@@ -83,11 +83,11 @@ def loss_and_gradients(
         policy, head = params if objective.value is not None else (params, None)
         return losses.micro_loss(config, forward, objective, whole(policy), head, micro, shared)
 
-    grad = jax.value_and_grad(loss, has_aux=True)
+    grad, computed = jax.value_and_grad(loss, has_aux=True), _computed(forward, params)
 
     def one(index: Any) -> tuple[Any, Arrays]:
-        (_, metrics), gradients = grad(params, micro_batch(batch, index))
-        return jax.tree.map(lambda g: g.astype(jnp.float32), gradients), metrics
+        (_, metrics), gradients = grad(computed, micro_batch(batch, index))
+        return gradients, metrics
 
     def body(index: Any, carry: tuple[Any, Arrays]) -> tuple[Any, Arrays]:
         gradients, metrics = carry
@@ -96,10 +96,27 @@ def loss_and_gradients(
             name: jnp.maximum(value, new[name]) if name in losses.MAXIMA else value + new[name]
             for name, value in metrics.items()
         }
-        return jax.tree.map(jnp.add, gradients, more), merged
+        return jax.tree.map(lambda a, g: a + g.astype(a.dtype), gradients, more), merged
 
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, 0))
-    return jax.lax.fori_loop(0, _filled(batch), body, zeros)
+    gradients, metrics = jax.eval_shape(one, 0)
+    sums = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), gradients)
+    metrics = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), metrics)
+    return jax.lax.fori_loop(0, _filled(batch), body, (sums, metrics))
+
+
+def _computed(forward: Forward, params: Any) -> Any:
+    """Parameters with the layers' kernels in the compute type, in which the blocks would cast them.
+
+    Their gradients come out of the products in that type; a micro-batch's are kept so until they are
+    added up in float32, in half the bytes and with the same values.
+    """
+
+    def cast(path: Any, x: jax.Array) -> jax.Array:
+        keys = [getattr(entry, "key", "") for entry in path]
+        kernel = "layers" in keys and x.ndim > 2 and not keys[-1].endswith((lora.A, lora.B))
+        return x.astype(forward.dtype) if kernel else x
+
+    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def _micro_batch(
@@ -216,7 +233,8 @@ def make_scorer(config: ModelConfig, forward: Forward):
 
     def score(params: Any, batch: Arrays) -> Float[Array, "micros rows length"]:
         def one(index, values):
-            micro = {name: batch[name][index] for name in ("tokens", "positions", "segments")}
+            used = ("tokens", "positions", "segments", "prefixes")
+            micro = {name: batch[name][index] for name in used}
             return values.at[index].set(log_probs(config, forward, params, micro))
 
         nothing = jnp.zeros(batch["tokens"].shape, jnp.float32)

@@ -20,6 +20,7 @@ from mdpo_jax.data.packing import Item, Layout, pack, unpack
 from mdpo_jax.model.families import ModelConfig
 from mdpo_jax.model.lora import Lora
 from mdpo_jax.training.losses import Forward, Objective
+from mdpo_jax.training.meter import UNTRACED, Meter, Trace
 from mdpo_jax.training.state import Optimiser, TrainState, init_state, schedule, state_like
 from mdpo_jax.training.step import NOTHING, Fixed, make_scorer, make_step, put
 from mdpo_jax.training.value import Joint, init_head
@@ -69,9 +70,16 @@ class Trainer:
     mesh: Mesh | None = None
     adapter: Lora | None = None
 
+    def __post_init__(self) -> None:
+        if self.layout.shared_prompts and not self.forward.shared_prompts:
+            raise ValueError(
+                "forward.shared_prompts: False with a layout that shares prompts; expected True, or "
+                "their tokens would not be seen"
+            )
+
     def fit(
         self, params: Any, batches: Batches, plan: Plan, objective: Objective, *,
-        fixed: Fixed = NOTHING, check_step_zero: bool = False,
+        fixed: Fixed = NOTHING, check_step_zero: bool = False, trace: Trace = UNTRACED,
         report: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
         keep: Callable[[int, Callable[[], Any]], None] = lambda step, params: None,
         saves: Saves | None = None,
@@ -80,24 +88,34 @@ class Trainer:
 
         Where the optimiser keeps an average of them, that average, here and for `keep`.
         report(step, metrics) after each step; keep(step, params) may copy params().  A metric without
-        a value in a batch (the mean of a class that it lacks) is left out.  saves: what an
-        interrupted call left, from which this one goes on, and where to leave more.  Raises
-        StepZeroError before anything is kept if `check_step_zero` and the first log-ratios are not 0.
+        a value in a batch (the mean of a class that it lacks) is left out.  trace: of a few of
+        the steps.  saves: what an interrupted call left, from which this one goes on, and where to
+        leave more.  Raises StepZeroError before anything is kept if `check_step_zero` and the first
+        log-ratios are not 0.
         """
         step = self._step(objective)
         rate = schedule(plan.learning_rate, plan.warmup_steps, plan.steps, plan.final_lr_fraction)
         with contextlib.closing(feed(batches, self.layout, plan.steps)) as source:
             state, done = self._begin(params, objective, source, saves)
             del params
+            meter = self._meter(objective, fixed, step)
             for index, fed in enumerate(source, done):
-                state, values = self._step_once(step, state, fed, rate(index), fixed)
+                with self._on_mesh(), trace.step(index - done, plan.steps - done):
+                    arrays = self._put(fed)
+                    meter.begin()
+                    state, metrics = step(
+                        state, arrays[0], np.float32(rate(index)), fixed, arrays[1]
+                    )
+                    meter.called()
+                    values = {name: float(value) for name, value in metrics.items()}
+                speed = meter.end(fed.batch)
                 if index == 0 and check_step_zero:
                     self._check(objective, values)
                 if not math.isfinite(values["loss"]):
                     raise FloatingPointError(f"step {index}: the loss is {values['loss']}")
                 values = {name: value for name, value in values.items() if not math.isnan(value)}
                 share = {"fill": fed.batch.fill, "action_share": fed.batch.action_share}
-                report(index, values | share)
+                report(index, values | share | speed)
                 keep(index + 1, functools.partial(_kept, state))
                 if saves is not None:
                     saves.after(index + 1, state, source.get_state())
@@ -116,14 +134,10 @@ class Trainer:
         source.set_state(place)
         return state, saves.steps
 
-    def _step_once(
-        self, step: Any, state: TrainState, fed: Fed, rate: float, fixed: Fixed
-    ) -> tuple[TrainState, dict[str, float]]:
-        with self._on_mesh():
-            arrays = put(fed.batch, self.mesh)
-            beside = None if fed.mismatched is None else put(fed.mismatched, self.mesh)
-            state, metrics = step(state, arrays, np.float32(rate), fixed, beside)
-        return state, {name: float(value) for name, value in metrics.items()}
+    def _put(self, fed: Fed) -> tuple[Any, Any]:
+        """The batch, and that of KTO's reference point, on the devices."""
+        beside = None if fed.mismatched is None else put(fed.mismatched, self.mesh)
+        return put(fed.batch, self.mesh), beside
 
     def _with_head(self, objective: Objective, params: Any) -> Any:
         if objective.value is None:
@@ -161,6 +175,12 @@ class Trainer:
         return make_step(
             self.config, self.forward, objective, self.optimiser, self.mesh, self.adapter,
             self.layout,
+        )  # fmt: skip
+
+    def _meter(self, objective: Objective, fixed: Fixed, step: Any) -> Meter:
+        return Meter(
+            self.config, objective, adapter=self.adapter, reference=fixed.reference is not None,
+            devices=1 if self.mesh is None else self.mesh.size, programs=step._cache_size,
         )  # fmt: skip
 
     def _on_mesh(self) -> contextlib.AbstractContextManager:

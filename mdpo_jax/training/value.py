@@ -94,7 +94,8 @@ def term_c_and_loss(
     # What the actions up to a token have earned: the row's running sum less that before its
     # sequence began.
     running = jnp.cumsum(rewards, axis=1)
-    begins = micro["positions"] == 0
+    segments = micro["segments"]
+    begins = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
     earlier = by_sequence(jnp.where(begins, running - rewards, 0), micro)
     ahead = at_tokens(total + earlier, micro) - running
     utility = term.utility * at_tokens(micro["correct"], micro)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mdpo_jax.model import kernels, skipping
+from mdpo_jax.model import attention, kernels, skipping
 from mdpo_jax.model.attention import BACKENDS
 from mdpo_jax.model.kernels import KERNELS, choose
 from mdpo_jax.model.sharding import make_mesh
@@ -189,6 +189,74 @@ def test_what_lies_outside_of_a_segment_or_a_window_is_not_computed():
         assert np.isfinite(grads[0][:, seen]).all()
 
 
+# Two pairs of sequences, each of which goes on from a prompt, and one alone; then padding: places of
+# the sequence, and of its prompt.  The second skips blocks between its prompt and itself.
+TREE = [(0, 30), (30, 150, 0, 30), (150, 260, 0, 30), (260, 270), (270, 275, 260, 270),
+        (275, 340, 260, 270), (340, 370)]  # fmt: skip
+
+
+def _tree(length):
+    """Segments and the prefix of `TREE`, for two rows: itself, and one segment alone."""
+    segments, bounds = np.zeros((2, length), np.int32), np.zeros((2, length, 2), np.int32)
+    positions = np.tile(np.arange(length, dtype=np.int32), (2, 1))
+    segments[1] = 1
+    for i, (start, stop, *prompt) in enumerate(TREE, 1):
+        before = prompt[1] - prompt[0] if prompt else 0
+        segments[0, start:stop] = i
+        positions[0, start:stop] = before + np.arange(stop - start)
+        bounds[0, start:stop] = prompt or (0, 0)
+    return segments, kernels.Prefix(jnp.asarray(bounds), jnp.asarray(positions))
+
+
+def _tree_by_hand(q, k, v, g, window, softcap):
+    """Every sequence of `TREE` alone, with its prompt before it, in float64; the row alone besides."""
+    total = [np.zeros(x.shape) for x in (q, q, k, v)]
+    whole = (1, np.arange(q.shape[1]), 0)
+    runs = [
+        (0, np.r_[np.arange(*prompt or (0, 0)), start:stop], prompt[1] - prompt[0] if prompt else 0)
+        for start, stop, *prompt in TREE
+    ]
+    for row, places, before in [whole, *runs]:
+        here = [x[row : row + 1, places] for x in (q, k, v, g)]
+        here[3] = np.where(np.arange(len(places))[:, None, None] < before, 0, here[3])
+        out, *grads = _by_hand(*here, np.ones((1, len(places)), np.int32), window, softcap)
+        total[0][row, places[before:]] = out[0, before:]
+        for sums, part in zip(total[1:], grads, strict=True):
+            np.add.at(sums[row], places, part[0])
+    return total
+
+
+@pytest.mark.parametrize("backend", ["skipping", "reference"])
+@pytest.mark.parametrize(("window", "softcap", "kv_heads"), [(None, None, 1), (50, 5.0, 2)])
+def test_sequences_that_go_on_from_one_prompt(backend, window, softcap, kv_heads, monkeypatch):
+    monkeypatch.setattr(attention, "BLOCK", 128)
+    q, k, v, g = _draw(kv_heads=kv_heads, length=400)
+    g[0, TREE[-1][1] :] = 0  # padding
+    segments, prefix = _tree(400)
+    got = _run(BACKENDS[backend], q, k, v, g, segments, window, softcap, prefix=prefix)
+    got[0].block_until_ready()
+    out = np.array(got[0])
+    out[0, TREE[-1][1] :] = 0
+    _same((out, *got[1:]), _tree_by_hand(q, k, v, g, window, softcap))
+
+
+def test_blocks_between_a_prompt_and_what_goes_on_from_it_are_not_computed():
+    block = skipping.BLOCK
+    q, k, v, g = _draw(rows=1, length=4 * block)
+    v[:, block : 3 * block] = np.nan  # the first of two that go on from block 0
+    g[:, block : 3 * block] = 0
+    segments = np.repeat([[1, 2, 2, 3]], block, axis=1).astype(np.int32)
+    bounds = np.zeros((1, 4 * block, 2), np.int32)
+    bounds[:, block:] = 0, block
+    positions = np.r_[np.arange(3 * block), np.arange(block, 2 * block)][None].astype(np.int32)
+    prefix = kernels.Prefix(jnp.asarray(bounds), jnp.asarray(positions))
+    out, dq, *_ = _run(skipping.skipping, q, k, v, g, segments, None, None, prefix=prefix)
+    seen = np.r_[:block, 3 * block : 4 * block]
+    assert np.isfinite(out[:, seen]).all()
+    assert not np.isfinite(out[:, block : 3 * block]).any()
+    assert np.isfinite(dq[:, seen]).all()
+
+
 def test_triton_by_hand():
     case = (*_draw(kv_heads=2, head_dim=160), _segments(), LENGTH, None)
     _same(_run(kernels.pallas_triton, *case, interpret=True), _by_hand(*case), out=1e-5)
@@ -209,6 +277,11 @@ def test_cudnn_is_asked_for_the_same_attention(window, monkeypatch):
     q, k, v, g = (jnp.asarray(x, jnp.bfloat16) for x in _draw(kv_heads=2))
     case = (q, k, v, g, _segments(), window, None)
     _same(_run(kernels.cudnn, *case), _by_hand(*case), out=1e-2, grads=2e-2)
+    q, k, v, g = (jnp.asarray(x, jnp.bfloat16) for x in _draw(length=400))
+    segments, prefix = _tree(400)
+    got = _run(kernels.cudnn, q, k, v, g, segments, window, None, prefix=prefix)
+    want = _run(BACKENDS["reference"], q, k, v, g, segments, window, None, prefix=prefix)
+    _same(got, [np.asarray(x, np.float64) for x in want], out=1e-2, grads=2e-2)
 
 
 REFUSALS = [
@@ -222,6 +295,8 @@ REFUSALS = [
     ("splash", {"dtype": jnp.float16}, "dtype: float16; expected bfloat16 or float32"),
     ("splash", {"window": 0}, "splash: window: 0; expected None or a positive integer"),
     ("splash", {"kv_heads": 3}, "splash: kv_heads: 3; expected a divisor of the 4 heads"),
+    ("splash", {"prefix": ()}, "splash: prefix: one; expected None; segments that go on"),
+    ("pallas_triton", {"prefix": ()}, "need reference, skipping, cudnn"),
 ]
 
 
@@ -232,7 +307,7 @@ def test_what_a_kernel_cannot_do_is_refused(backend, change, message):
     }
     dtype = change.get("dtype", jnp.bfloat16)
     q, k, v, _ = (jnp.asarray(x, dtype) for x in _draw(rows=1, length=8, **shape))
-    options = {name: change.get(name) for name in ("window", "softcap")}
+    options = {name: change.get(name) for name in ("window", "softcap", "prefix")}
     with pytest.raises(ValueError, match=message):
         KERNELS[backend](q, k, v, jnp.ones((1, 8), jnp.int32), scale=1.0, **options)
 

@@ -1,5 +1,7 @@
 """On four fake devices (tests/conftest.py)."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -82,3 +84,36 @@ def test_rows_that_do_not_divide_are_refused():
     with pytest.raises(ValueError, match="rows: 6 is not divisible by mesh data 2 x fsdp 2 = 4"):
         batch_sharding(mesh, rows=6)
     assert batch_sharding(mesh, leading=1).spec == PartitionSpec(None, ("data", "fsdp"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What `make_mesh` asks of a TPU."""
+
+    id: int
+    slice_index: int
+    coords: tuple[int, int, int]
+    platform: str = "tpu"
+    device_kind: str = "TPU v5 lite"
+    core_on_chip: int = 0
+    process_index: int = 0
+
+
+def _slices(count):
+    """Slices of 2 x 2 chips, dealt in turn: their order is not that of the slices."""
+    places = [(x, y, 0) for y in range(2) for x in range(2)]
+    return [Chip(4 * s + i, s, xy) for i, xy in enumerate(places) for s in range(count)]
+
+
+def test_data_is_over_the_slices_and_all_else_within_one():
+    mesh = make_mesh(data=4, fsdp=2, devices=_slices(2))
+    assert dict(mesh.shape) == {"data": 4, "fsdp": 2, "tensor": 1}
+    slices = [[d.slice_index for d in row.flat] for row in mesh.devices]
+    assert slices == [[0, 0], [0, 0], [1, 1], [1, 1]]
+    assert sorted(d.id for d in mesh.devices.flat) == list(range(8))
+
+
+@pytest.mark.parametrize("sizes", [{"data": 1, "fsdp": 8}, {"data": 2, "fsdp": 2}])
+def test_a_mesh_that_slices_do_not_divide_is_refused(sizes):
+    with pytest.raises(ValueError, match=r"8 devices of 2 slices; .*mesh\.data a multiple of 2"):
+        make_mesh(**sizes, devices=_slices(2))

@@ -1,12 +1,10 @@
 """A training stage that is interrupted goes on to the same bits."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import model_config, params, trajectories
+from support import learnt, model_config, params, trajectories
 
 from mdpo_jax.data.batches import Shuffled
 from mdpo_jax.data.packing import Layout, item
@@ -99,8 +97,8 @@ def test_a_stage_killed_twice_ends_in_the_same_bits(case, tmp_path):
         for a, b in zip(*map(jax.tree.leaves, (values, kept[step])), strict=True):
             np.testing.assert_array_equal(a, b)
     assert list(more) == [5, 6, 7]
-    rows = [(d / "metrics.jsonl").read_text().splitlines() for d in (whole, cut)]
-    assert [json.loads(row)["step"] for row in rows[1]] == list(range(7))
+    rows = [learnt(d / "metrics.jsonl") for d in (whole, cut)]
+    assert [row["step"] for row in rows[1]] == list(range(7))
     assert rows[0] == rows[1]
     finished(cut)
     assert [p.name for p in cut.iterdir()] == ["metrics.jsonl"]

@@ -1,6 +1,7 @@
 """`--smoke` of every recipe: from warm-up to export, its own settings over a small model.
 
-One of them runs always (Gemma 2: caps, windows, four norms), the others with `pytest -m slow`.
+Those of the paper's and the hub's models run always, shortened; `tiny` and its like, whose loop other
+tests run, with `pytest -m slow`.
 """
 
 import json
@@ -17,7 +18,7 @@ from mdpo_jax.recipes import load_recipe, recipe_folder
 from mdpo_jax.smoke import NOTE, is_smoke, smoke
 
 RECIPES = sorted(path.stem for path in recipe_folder().glob("*.py"))
-ALWAYS = ("gemma2_9b",)
+ALWAYS = [name for name in RECIPES if not name.startswith("tiny")]
 # What a recipe is about; the counts, shapes and lengths of the other fields shrink.
 KEPT = {
     "model": ("family", "chat", "system", "dtype", "param_dtype", "remat", "attention"),
@@ -78,15 +79,18 @@ def test_a_small_tokenizer_carries_its_family_s_chat(family):
 def run(name, folder, capsys, *more):
     place = [f"--config.workdir={folder}", "--config.mesh.fsdp=1"]
     assert train.main([f"--config={name}", "--smoke", *place, *more]) == 0
-    assert " ".join(capsys.readouterr().out.split()).count(NOTE) == 2
+    out = " ".join(capsys.readouterr().out.split())
+    assert out.count(NOTE) == 2
+    assert (f"profile {folder}" in out) == ("--config.profile=steps" in more)
     results = json.loads((folder / "results.json").read_text())
     assert results["config"]["name"] == f"{load_recipe(name).name}-smoke"
     last = results["config"]["iterations"]
     stages = ("rollout", "pairs", "reference", "train", "train-dev", "train-test")
     done = {s: json.loads((folder / f"iteration-{last}/{s}/done.json").read_text()) for s in stages}
     assert done["train"]["steps"] > 0
+    assert done["train"]["speed"]["fill"] > 0
     assert results["compilations"]["step"] == 1
-    assert (folder / "report" / "index.html").exists()
+    assert "Speed of training" in (folder / "report" / "index.html").read_text()
     exported = json.loads((folder / "export" / "config.json").read_text())
     family = FAMILIES[load_recipe(name).model.family]
     assert exported["architectures"] == [family.architecture]
@@ -95,7 +99,9 @@ def run(name, folder, capsys, *more):
 
 @pytest.mark.parametrize("name", ALWAYS)
 def test_every_stage_of_a_recipe_runs(name, tmp_path, capsys):
-    run(name, tmp_path, capsys, "--config.iterations=1", "--config.rollout.slots=4")
+    few = ("iterations=1", "rollout.slots=4", "sft.steps=80", "profile=steps")
+    run(name, tmp_path, capsys, *(f"--config.{field}" for field in few))
+    assert list((tmp_path / "sft" / "profile").rglob("*.xplane.pb"))
 
 
 @pytest.mark.slow

@@ -1,7 +1,8 @@
-"""Two processes of two fake devices each: one run, and what a killed one leaves to the next try."""
+"""Two processes of two fake devices each: one run, what a killed one leaves, and exact gradients."""
 
 import json
 import os
+import pickle
 import signal
 import socket
 import subprocess
@@ -9,23 +10,24 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import exact
 import pytest
-from support import SMALL_RUN
+from support import SMALL_RUN, learnt
 
 from mdpo_jax import hosts
 from mdpo_jax.checks import ConfigError
 from mdpo_jax.data import store
 
 SMALL = [flag for flag in SMALL_RUN if "fsdp" not in flag]
+HOSTS = "--config.mesh.hosts=2"
+REST = ["1x4x1", "4x1x1", "2x1x2", "1x1x4"]  # data x fsdp x tensor, over both processes
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory):
+def environment():
     return os.environ | {
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_CPU_ENABLE_ASYNC_DISPATCH": "false",
-        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[1:3])),
     }
 
 
@@ -45,11 +47,11 @@ def _together(script, flags, environment):
         "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
         "JAX_NUM_PROCESSES": "2",
     }
-    command = [sys.executable, str(Path(__file__).with_name(script)), *flags]
+    command = [sys.executable, str(Path(__file__).with_name(script)), *map(str, flags)]
     processes = [
         subprocess.Popen(
-            [*command, "--config.mesh.hosts=2"], env=shared | {"JAX_PROCESS_ID": str(i)},
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            command, env=shared | {"JAX_PROCESS_ID": str(i)}, stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE, text=True,
         )
         for i in range(2)
     ]  # fmt: skip
@@ -60,7 +62,7 @@ def _together(script, flags, environment):
 def test_a_killed_host_loses_no_problem_and_doubles_none(tmp_path, environment):
     run = tmp_path / "run"
     flags = [
-        *SMALL, f"--config.workdir={run}", "--config.problems.per_iteration=8",
+        *SMALL, HOSTS, f"--config.workdir={run}", "--config.problems.per_iteration=8",
         "--config.rollout.slots=3", "--config.rollout.context=128",
     ]  # fmt: skip
     rollout = run / "iteration-1" / "rollout"
@@ -97,9 +99,9 @@ def test_hosts_go_on_inside_a_training_stage_to_the_same_bits(tmp_path, environm
                 assert codes[1] == -signal.SIGKILL, errors[1][-2000:]
                 assert json.loads((sft / "progress.json").read_text())["step"] == 2
         assert codes == [0, 0], (errors[0][-2000:], errors[1][-2000:])
-        ends.append(
-            (json.loads((sft / "done.json").read_text()), (sft / "metrics.jsonl").read_text())
-        )
+        done = json.loads((sft / "done.json").read_text())
+        del done["speed"]
+        ends.append((done, learnt(sft / "metrics.jsonl")))
     assert ["goes on after step 2" in text for text in errors] == [True, True]
     assert ends[0] == ends[1]
 
@@ -107,7 +109,8 @@ def test_hosts_go_on_inside_a_training_stage_to_the_same_bits(tmp_path, environm
 @pytest.mark.slow
 def test_a_whole_run_is_that_of_one_process(tmp_path, environment):
     both, alone = tmp_path / "both", tmp_path / "alone"
-    codes, errors = _together("loop.py", [*SMALL, f"--config.workdir={both}"], environment)
+    flags = [*SMALL, HOSTS, f"--config.workdir={both}"]
+    codes, errors = _together("loop.py", flags, environment)
     assert codes == [0, 0], (errors[0][-2000:], errors[1][-2000:])
     command = [sys.executable, str(Path(__file__).with_name("loop.py")), *SMALL]
     subprocess.run(
@@ -126,8 +129,7 @@ def test_a_whole_run_is_that_of_one_process(tmp_path, environment):
     assert (both / "report" / "index.html").exists()
     assert not list(both.rglob("*-of-2"))  # the processes' own parts of an evaluation
     # Another configuration is refused in all, by the one that holds the folder.
-    flags = [*SMALL, f"--config.workdir={both}", "--config.seed=7"]
-    codes, errors = _together("loop.py", flags, environment)
+    codes, errors = _together("loop.py", [*flags, "--config.seed=7"], environment)
     assert codes == [2, 2], (errors[0][-2000:], errors[1][-2000:])
     assert "seed: 0 -> 7" in errors[0]
     assert "the first process: " in errors[1]
@@ -143,9 +145,20 @@ def test_a_whole_run_is_that_of_one_process(tmp_path, environment):
     ],
 )
 def test_whatever_is_trained_two_processes_end_together(tmp_path, environment, flags):
-    flags = [*SMALL, f"--config.workdir={tmp_path / 'run'}", "--config.iterations=1", *flags]
-    codes, errors = _together("loop.py", flags, environment)
+    small = [*SMALL, HOSTS, f"--config.workdir={tmp_path / 'run'}", "--config.iterations=1"]
+    codes, errors = _together("loop.py", [*small, *flags], environment)
     assert codes == [0, 0], (errors[0][-2000:], errors[1][-2000:])
+
+
+@pytest.mark.parametrize("meshes", [["1x2x2"], pytest.param(REST, marks=pytest.mark.slow)])
+def test_loss_and_gradients_are_the_naive_ones(tmp_path, environment, meshes):
+    out = tmp_path / "found"
+    codes, errors = _together("gradients.py", [out, *meshes], environment)
+    assert codes == [0, 0], (errors[0][-2000:], errors[1][-2000:])
+    found = pickle.loads(out.read_bytes())
+    assert len(found) == len(meshes) * len(exact.LAYOUTS)
+    for one in found:
+        exact.check(one, exact.expected())
 
 
 def test_a_number_that_is_none_is_refused_by_name(monkeypatch):

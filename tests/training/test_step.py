@@ -1,4 +1,4 @@
-"""The step against an unpacked float64 reference, under every mesh and accumulation."""
+"""The step on packed demonstrations: what it learns from, what it leaves alone, when it stops."""
 
 import dataclasses
 import functools
@@ -70,7 +70,7 @@ def plain_loss(p):
 
 @functools.cache
 def plain_gradients():
-    return jax.jit(jax.value_and_grad(plain_loss))(params())
+    return jax.value_and_grad(plain_loss)(params())
 
 
 def gradients_of(forward, p, arrays):
@@ -84,26 +84,37 @@ def close(a, b, tolerance=1e-5):
         np.testing.assert_allclose(x, y, atol=tolerance * max(1.0, float(jnp.abs(y).max())))
 
 
-@pytest.mark.parametrize("layout", [LAYOUT, Layout(2, 224, 4), Layout(8, 224, 4)])
-@pytest.mark.parametrize("remat", ["none", "full"])
-def test_packed_loss_and_gradients_equal_the_plain_ones(layout, remat):
+def test_packed_loss_and_gradients_equal_the_plain_ones():
+    """Of whole texts, in blocks as they are; test_exact.py has every way of computing them."""
     loss, gradients = plain_gradients()
-    forward = Forward(remat=remat, logprob_chunk=64)
-    got, metrics = gradients_of(forward, params(), put(batch(layout), None))
+    forward = Forward(remat="full", logprob_chunk=64)
+    got, metrics = gradients_of(forward, params(), put(batch(Layout(2, 224, 4)), None))
     assert float(metrics["loss"]) == pytest.approx(float(loss), rel=1e-5)
     close(got, gradients)
 
 
-@pytest.mark.parametrize("shape", [(1, 4, 1), (2, 2, 1), (4, 1, 1), (1, 2, 2)])
-def test_every_mesh_gives_the_single_device_result(shape):
-    forward = Forward()
-    one, expected = gradients_of(forward, params(), put(batch(), None))
-    mesh = sharding.make_mesh(*shape)
-    sharded = jax.device_put(params(), sharding.param_shardings(model_config(), mesh))
-    with jax.set_mesh(mesh):
-        many, metrics = gradients_of(forward, sharded, put(batch(), mesh))
-    assert float(metrics["loss"]) == pytest.approx(float(expected["loss"]), rel=1e-5)
-    close(many, one)
+def with_one_prompt(chosen, rejected):
+    """The pair, the rejected side's first tokens being those of the chosen one up to its actions."""
+    prompt = min(int(np.argmax(side.weights > 0)) for side in (chosen, rejected))
+    ids = rejected.ids.copy()
+    ids[:prompt] = chosen.ids[:prompt]
+    return chosen, rejected._replace(ids=ids)
+
+
+@pytest.mark.parametrize("attention", ["skipping", "reference"])
+def test_a_shared_prompt_changes_no_loss_no_metric_and_no_gradient(attention):
+    groups = [with_one_prompt(*pair_items(p, "sampled")) for p in pairs()]
+    found = []
+    for shared in (False, True):
+        packed = pack(groups, Layout(2, 448, 16, shared))
+        forward = Forward(attention=attention, shared_prompts=shared)
+        found.append((packed, *gradients_of(forward, params(), put(packed, None))))
+    (apart, gradients, metrics), (together, got, others) = found
+    assert (together.segments > 0).sum() < (apart.segments > 0).sum()
+    close(got, gradients)
+    assert others.keys() == metrics.keys()
+    for name, value in others.items():
+        assert float(value) == pytest.approx(float(metrics[name]), rel=1e-5, abs=1e-5), name
 
 
 def test_gradient_is_exactly_zero_at_observations_and_prompts():
@@ -148,37 +159,6 @@ def test_the_gradient_in_the_logits_is_zero_but_where_an_action_is_predicted(kin
     moved = np.asarray(jnp.any(gradient != 0, -1))
     np.testing.assert_array_equal(moved, (ahead == Part.TEXT) & same)
     assert set(np.unique(parts)) == {0, Part.TEXT, Part.OBSERVATION, Part.TEMPLATE}
-
-
-@pytest.mark.parametrize("shape", [(2, 2, 1)])
-def test_kto_s_reference_point_is_gathered_over_the_mesh(shape):
-    """An odd batch: three sequences, and a reference point of five."""
-    scores = trainer().score(params(), [item(t, "sampled") for t in trajectories()], 4)
-    items = [
-        item(t, "sampled", reference=s * (1.1 if t.sample % 2 else 1.05))._replace(
-            correct=t.sample % 3 == 0
-        )
-        for t, s in zip(trajectories(), scores, strict=True)
-    ]
-    groups, beside = [[i] for i in items[:3]], [[i] for i in items[3:8]]
-    objective = Objective("unpaired", eta=0.01)
-
-    def run(p, mesh):
-        return jax.jit(
-            lambda p, b, k: loss_and_gradients(
-                model_config(), Forward(), objective, p, b, mismatched=k
-            )
-        )(p, put(pack(groups, LAYOUT), mesh), put(pack(beside, LAYOUT), mesh))
-
-    one, expected = run(params(), None)
-    assert float(expected["kl"]) > 1
-    mesh = sharding.make_mesh(*shape)
-    sharded = jax.device_put(params(), sharding.param_shardings(model_config(), mesh))
-    with jax.set_mesh(mesh):
-        many, metrics = run(sharded, mesh)
-    for name in ("loss", "kl", "rewards/chosen", "rewards/rejected"):
-        assert float(metrics[name]) == pytest.approx(float(expected[name]), rel=1e-5)
-    close(many, one)
 
 
 def test_later_log_probs_see_the_observation():

@@ -1,0 +1,38 @@
+"""What glibc does with a step's temporaries: asked of a process of its own."""
+
+import subprocess
+import sys
+
+import pytest
+
+FAULTS = """
+import resource, sys
+from mdpo_jax import host_memory
+if sys.argv[1] == "kept":
+    assert host_memory.keep_freed()
+import jax, jax.numpy as jnp
+step = jax.jit(lambda x: jnp.cumsum(jnp.sort(x @ x)[::-1], axis=1).sum())
+x = jnp.ones((2000, 2000))  # its temporaries are 16 MB each
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    step(x).block_until_ready()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults(), faults()
+print(min(faults() for _ in range(3)))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc")
+def test_a_step_touches_no_new_pages_once_freed_memory_is_kept():
+    def least(name):
+        command = [sys.executable, "-c", FAULTS, name]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    assert least("kept") < least("returned") / 10
+
+
+def test_a_host_with_an_accelerator_is_left_alone(monkeypatch):
+    from mdpo_jax import host_memory
+
+    monkeypatch.setattr(host_memory.importlib.util, "find_spec", lambda name: object())
+    assert not host_memory.keep_freed()

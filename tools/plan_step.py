@@ -1,0 +1,180 @@
+"""The training step of a recipe as a program for devices that are not there.
+
+Nothing here holds a weight: arguments are shapes with shardings, and `lower` takes them through
+`make_step` as `Trainer.fit` calls it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from mdpo_jax.config import Config
+from mdpo_jax.data.packing import FEWEST_MICROS
+from mdpo_jax.model import families, lora, sharding
+from mdpo_jax.model.families import ModelConfig
+from mdpo_jax.model.kernels import choose, sees_prefixes
+from mdpo_jax.model.lora import Lora
+from mdpo_jax.training.losses import Forward, Objective
+from mdpo_jax.training.state import Optimiser, TrainState, state_shardings
+from mdpo_jax.training.step import Fixed, make_step
+from mdpo_jax.types import PackedBatch
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What one plan compiles: a model's shape, a recipe's settings and a mesh (None: one device).
+
+    rows: of a micro-batch, over the whole mesh.  micros: filled micro-batches a step.
+    """
+
+    config: Config
+    model: ModelConfig
+    devices: tuple[Any, ...]
+    mesh: Mesh | None
+    rows: int
+    micros: int
+
+    @property
+    def platform(self) -> str:
+        """tpu, gpu or cpu, as `jax.default_backend()` would name it."""
+        found = self.devices[0].platform
+        return "gpu" if found == "cuda" else found
+
+    @property
+    def adapter(self) -> Lora | None:
+        """Of a LoRA recipe."""
+        c = self.config.lora
+        return Lora(c.rank, c.alpha, c.targets) if c.rank else None
+
+    @property
+    def forward(self) -> Forward:
+        """The recipe's, `auto` attention resolved for the topology and not for this machine."""
+        m, t = self.config.model, self.config.train
+        kinds = self.model.kinds
+        backend = m.attention
+        if backend == "auto":
+            backend = choose(
+                self.platform, window=kinds[0].window, softcap=self.model.attention_cap,
+                head_dim=self.model.head_dim, length=t.row_length, dtype=m.dtype,
+            )  # fmt: skip
+            # cuDNN builds its kernels with the card at hand; the blocks of scores that the
+            # reference keeps in their place make the plan an upper bound.
+            backend = "reference" if backend == "cudnn" else backend
+        shared = t.shared_prompts == "auto" and sees_prefixes(backend, self.platform)
+        return Forward(m.dtype, m.remat, t.logprob_chunk, backend, shared)
+
+    @property
+    def optimiser(self) -> Optimiser:
+        """The preference step's."""
+        t = self.config.train
+        return Optimiser(
+            beta2=t.beta2, weight_decay=t.weight_decay, clip=t.clip, name=t.optimiser, ema=t.ema
+        )
+
+
+def lower(setup: Setup) -> Any:
+    """The lowered step; `.compile()` takes minutes for a TPU."""
+    step = make_step(
+        setup.model, setup.forward, Objective("pairs", eta=setup.config.train.eta),
+        setup.optimiser, setup.mesh, setup.adapter,
+    )  # fmt: skip
+    on_mesh = contextlib.nullcontext() if setup.mesh is None else jax.set_mesh(setup.mesh)
+    with on_mesh:
+        return step.lower(*arguments(setup))
+
+
+def arguments(setup: Setup) -> tuple[TrainState, dict[str, Any], Any, Fixed]:
+    """state, batch, learning rate and what is fixed, as shapes with shardings."""
+    everywhere = _everywhere(setup)
+    params, base = _params(setup)
+    held = jax.tree.map(lambda x: x.sharding, params)
+    moments = jax.eval_shape(setup.optimiser.transform().init, params)
+    places = state_shardings(params, held, setup.optimiser)
+    ema = _placed(_shapes(params, jnp.float32), held) if setup.optimiser.ema else None
+    count: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
+    state = TrainState(params, _placed(moments, places.opt_state), count, ema)
+    rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
+    return state, batch(setup), rate, Fixed(base)
+
+
+def batch(setup: Setup) -> dict[str, Any]:
+    """A packed batch, padded to as many micro-batches as `pack` would make of these."""
+    t = setup.config.train
+    micros = max(FEWEST_MICROS, 1 << (max(1, setup.micros) - 1).bit_length())
+    slots = max(2 * t.batch_pairs, setup.config.sft.batch, setup.config.raft.batch)
+    tokens = (micros, setup.rows, t.row_length)
+    shapes: dict[str, tuple[int, ...]] = {
+        **dict.fromkeys(("chosen", "rejected", "pair_mask", "margin"), (micros, slots // 2)),
+        **dict.fromkeys(("correct", "sequence_mask"), (micros, slots)),
+        "prefixes": (*tokens, 2),
+    }
+    whole = {"weights", "reference", "pair_mask", "margin", "correct", "sequence_mask"}
+    rows = _everywhere(setup)
+    if setup.mesh is not None:
+        rows = sharding.batch_sharding(setup.mesh, setup.rows, leading=1)
+    out = {}
+    for field in dataclasses.fields(PackedBatch):
+        shape = shapes.get(field.name, tokens)
+        place = rows if len(shape) >= 3 else _everywhere(setup)
+        dtype = jnp.float32 if field.name in whole else jnp.int32
+        out[field.name] = jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+    return out
+
+
+def _params(setup: Setup) -> tuple[Any, Any]:
+    """What is trained, and the base under it where that is an adapter."""
+    shapes = families.param_shapes(setup.model, jnp.dtype(setup.config.model.param_dtype))
+    if setup.mesh is None:
+        places = jax.tree.map(lambda _: _everywhere(setup), shapes)
+    else:
+        places = sharding.param_shardings(setup.model, setup.mesh)
+    whole = _placed(shapes, places)
+    if setup.adapter is None:
+        return whole, None
+    parts = lora.halves(setup.model, setup.adapter)
+    small = families.nest(
+        {path: jax.ShapeDtypeStruct(half.shape, jnp.float32) for path, half in parts.items()}
+    )
+    if setup.mesh is None:
+        places = jax.tree.map(lambda _: _everywhere(setup), small)
+    else:
+        places = lora.shardings(setup.model, setup.adapter, setup.mesh)
+    return _placed(small, places), whole
+
+
+def shapes_of_state(setup: Setup) -> tuple[Any, Any]:
+    """(params, moments) of the trained policy, and a reference in bfloat16."""
+    state = arguments(setup)[0]
+    held = jax.tree.map(lambda x: x.sharding, state.params)
+    reference = _placed(_shapes(state.params, jnp.bfloat16), held)
+    return (state.params, state.opt_state), reference
+
+
+def batch_rows(setup: Setup) -> tuple[Any, Any, Any]:
+    """Tokens and mask [rows, length] of one micro-batch, and the learning rate."""
+    shape, place = (setup.rows, setup.config.train.row_length), _everywhere(setup)
+    kinds = ((shape, jnp.int32), (shape, jnp.float32), ((), jnp.float32))
+    tokens, mask, rate = (jax.ShapeDtypeStruct(s, kind, sharding=place) for s, kind in kinds)
+    return tokens, mask, rate
+
+
+def _everywhere(setup: Setup) -> Any:
+    if setup.mesh is None:
+        return SingleDeviceSharding(setup.devices[0])
+    return NamedSharding(setup.mesh, PartitionSpec())
+
+
+def _shapes(tree: Any, dtype: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), tree)
+
+
+def _placed(tree: Any, places: Any) -> Any:
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places
+    )

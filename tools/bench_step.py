@@ -53,6 +53,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--apart", action="store_true", help="both sides with a prompt of their own"
     )
+    parser.add_argument("--release", action="store_true", help="freed memory goes back at once")
     parser.add_argument("--whole-head", action="store_true",
                         help="log-probs of all tokens at once, in place of chunks")  # fmt: skip
     parser.add_argument("--attention", default="auto")
@@ -149,10 +150,10 @@ def measure(options: argparse.Namespace, config: Any, params: Any) -> dict[str, 
     state, laps, first = init_state(params, optimiser), [], None
     steps = [slice(index * size, (index + 1) * size) for index in range(count)]
     layouts = [best_length(groups[here], layout, lengths) for here in steps]
-    for shape in set(layouts):  # compiled before the clock starts, as a run's first steps do
-        here = steps[layouts.index(shape)]
-        spare = init_state(copy_params(params), optimiser)
-        step(spare, put(pack(groups[here], shape), None), np.float32(0), fixed)
+    # Compiled before the clock starts, as in a run's first steps.
+    packed = (pack(groups[here], shape) for here, shape in zip(steps, layouts, strict=True))
+    for batch in {batch.tokens.shape: batch for batch in packed}.values():
+        step(init_state(copy_params(params), optimiser), put(batch, None), np.float32(0), fixed)
     for here, shape in zip(steps, layouts, strict=True):
         wall, cpu = time.perf_counter(), time.process_time()
         batch = pack(groups[here], shape)
@@ -176,7 +177,8 @@ def main(given: Sequence[str] | None = None) -> None:
     from mdpo_jax.model.families import count_params
 
     options = arguments(given)
-    keep_freed()  # as the train door does
+    if not options.release:
+        keep_freed()  # as the train door does
     config, params = model(options)
     line = {
         "bench": "dpo_step", "peer": "mdpo_jax", "size": options.size,

@@ -138,7 +138,11 @@ class Sampler:
     def start(self) -> DecodeState:
         """Empty slots."""
         state, _ = self._shardings()
-        return self._empty() if state is None else jax.jit(self._empty, out_shardings=state)()
+        if state is None:
+            # Committed, as all that comes of parameters from a file: else the first program that is
+            # called would compile twice.
+            return jax.device_put(self._empty(), jax.local_devices()[0])
+        return jax.jit(self._empty, out_shardings=state)()
 
     def _empty(self) -> DecodeState:
         s = self.shapes

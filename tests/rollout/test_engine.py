@@ -143,11 +143,14 @@ def test_a_rerun_repeats_every_bit(always_tool):
 def test_no_program_compiles_after_warm_up_and_nothing_is_prefilled_twice(always_tool):
     shared_sampler.cache_clear()
     e, sampler = engine()
+    # What is read from a file is committed to its device, and so is what comes of it.
+    policy = jax.device_put(params(), jax.devices()[0])
+    sampler.load(policy)
     e.run(requests(), policy="x", sampling=Sampling())
     assert sampler.late_compilations() == 0
     warm, before = sampler.compilations(), e.activity.copy()
     found = e.run(requests(), policy="x", sampling=Sampling(0.8, 5, 0.9))
-    sampler.load(params())
+    sampler.load(policy)
     assert sampler.compilations() == warm
     did = e.activity - before
     # A prompt is read once for both samples of its problem, which begin together here.

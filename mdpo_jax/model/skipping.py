@@ -68,7 +68,7 @@ def skipping(
     local = functools.partial(_rows, scores=_Scores(scale, window, softcap))
     if prefix is None:  # places serve as positions: only their differences count
         places = jnp.broadcast_to(jnp.arange(segments_BT.shape[1]), segments_BT.shape)
-        prefix = Prefix(jnp.zeros((*segments_BT.shape, 2), segments_BT.dtype), places)
+        prefix = Prefix(jnp.zeros((*segments_BT.shape, 2), jnp.int32), places)
     packed = _Packed(segments_BT, prefix.positions, prefix.bounds)
     return on_mesh(local, q_BTHK, k_BSGK, v_BSGK, packed)
 

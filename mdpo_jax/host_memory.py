@@ -13,7 +13,7 @@ import sys
 
 # Of glibc's malloc.h, mallopt(3).
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
-_NEVER = 2**31 - 1
+_NEVER = -1  # any other number is a bound, of less than 2 GiB
 _ACCELERATORS = ("libtpu", "jax_plugins")
 
 

@@ -37,3 +37,26 @@ def test_a_host_with_an_accelerator_is_left_alone(monkeypatch):
 
     monkeypatch.setattr(host_memory.importlib.util, "find_spec", lambda name: object())
     assert not host_memory.keep_freed()
+
+
+LARGE = """
+import ctypes, pathlib
+from mdpo_jax import host_memory
+assert host_memory.keep_freed()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+def pages():
+    return int(pathlib.Path("/proc/self/statm").read_text().split()[0])
+block = libc.malloc(3 * 2**30)  # never written to: it takes addresses and no memory
+held = pages()
+libc.free(block)
+print(held - pages())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc")
+def test_more_than_2_gib_of_freed_memory_is_kept_too():
+    command = [sys.executable, "-c", LARGE]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert int(found) == 0

@@ -12,6 +12,7 @@ from mdpo_jax.data.bins import arrange
 from mdpo_jax.data.packing import Item, Layout, pieces, shared_prompt
 
 UNIT = 128  # of a row's length: kernels' blocks are multiples of it
+_LONGEST = 16_384  # rows beyond this fall from cuDNN to plain attention (model/kernels.py)
 _SAMPLED = 64  # steps that are laid out to compare shapes
 # What is dearer than its tokens say, as a share of them: each micro-batch of a step (under fsdp the
 # weights are gathered for it), and rows by their length (attention of 7 B, 3 % for each 2,048).
@@ -89,7 +90,8 @@ def _candidates(within: Layout, ways: int, longest: int) -> Iterator[Layout]:
     most = within.rows * within.row_length**2
     for rows in range(max(ways, -(-2 // ways) * ways), within.rows + 1, ways):
         # Two rows hold any pair whose sides fit a row each.
-        for length in range(-(-longest // UNIT) * UNIT, math.isqrt(most // rows) + 1, UNIT):
+        top = max(within.row_length, min(math.isqrt(most // rows), _LONGEST))
+        for length in range(-(-longest // UNIT) * UNIT, top + 1, UNIT):
             yield dataclasses.replace(within, rows=rows, row_length=length)
         yield dataclasses.replace(within, rows=rows)
 

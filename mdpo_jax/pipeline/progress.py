@@ -57,6 +57,7 @@ class Progress:
         if self.steps:
             os.truncate(path, self._note["metrics"])
         else:
+            (self.folder / NOTE).unlink(missing_ok=True)  # of rows that are gone
             path.unlink(missing_ok=True)
 
     def rows(self) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ device            |########### step #######|   idle         |####
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import shutil
 import time
@@ -100,20 +101,28 @@ class Meter:
     def _work(self, batch: PackedBatch) -> dict[str, float]:
         used = batch.sequence_mask.any(axis=1)
         tokens = int((batch.segments > 0).sum())
-        lengths = [
-            int(n)
-            for segments in batch.segments[used]
-            for n in np.bincount(segments.reshape(-1))[1:]
-        ]
         counted = batch.weights > 0
         if self._objective.observation_ce_weight:
             counted = counted | (batch.parts == Part.OBSERVATION)
-        total = flops.step_flops(
-            self._config, lengths, int(counted.sum()), adapter=self._adapter,
-            reference=self._reference,
-        )  # fmt: skip
+        needed = functools.partial(
+            flops.step_flops, self._config, adapter=self._adapter, reference=self._reference
+        )
+        begins, ends = _spans(batch.segments[used], batch.positions[used])
+        # What goes on from a shared prompt sees it, and leaves out what the prompt itself takes.
+        total = needed(ends, int(counted.sum())) - needed(begins, 0)
         slots = int(batch.segments[used].size)
         return {"speed/tokens": tokens, "speed/slots": slots, "speed/tflop": total / 1e12}
+
+
+def _spans(segments: np.ndarray, positions: np.ndarray) -> tuple[list[int], list[int]]:
+    """Of every segment of micro-batches [M R L]: its first position, and the one after its last."""
+    begins, ends = [], []
+    for names, places in zip(segments, positions, strict=True):
+        end = np.zeros(names.max() + 1, np.int64)
+        np.maximum.at(end, names.reshape(-1), places.reshape(-1) + 1)
+        begins += (end - np.bincount(names.reshape(-1)))[1:].tolist()
+        ends += end[1:].tolist()
+    return begins, ends
 
 
 def _memory() -> dict[str, float]:

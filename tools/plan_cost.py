@@ -1,11 +1,8 @@
-"""What a step must do by formula, how long a chip takes for it, and what a sampler needs beside it.
+"""How long a chip takes for a step by formula, and what a sampler needs beside it.
 
-FLOPs a token, with P the weights of the projections and V x D of the head, causal attention over
-rows of L tokens, everything scored (`useful`; a reference in the step is not counted):
-
-    forward   2 P + 2 V D + layers x 2 x heads x head_dim x L
-    backward  twice that; with LoRA once, for no weight of the base has a gradient
-    executed  one forward more where layers and head are computed again (remat=full)
+FLOPs are `mdpo_jax/model/flops.py`'s for full rows with every token scored (`useful`; a reference in
+the step is not counted), and one forward more where layers and head are computed again (`executed`;
+remat=full).
 
 Bytes of a chip's memory a step: of each micro-batch three passes over the gathered weights in the
 compute type, written and read, and 16 a parameter of its own for adding gradients up; of activations
@@ -23,21 +20,16 @@ from typing import Any
 EFFICIENCY = 0.6
 
 
-def forward_flops(model: Any, tokens: float, row_length: int) -> float:
-    """Of a forward over full rows."""
-    queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    layer = model.hidden_size * (2 * queries + 2 * keys + 3 * model.intermediate_size)
-    weights = model.num_layers * layer + model.vocab_size * model.hidden_size
-    return tokens * (2 * weights + model.num_layers * 2 * queries * row_length)
-
-
 def step_flops(
-    model: Any, tokens: float, row_length: int, remat: str, adapter: bool
+    model: Any, rows: int, row_length: int, remat: str, adapter: Any = None
 ) -> tuple[float, float]:
-    """(useful, executed) of a step over `tokens` tokens in full rows."""
-    forward = forward_flops(model, tokens, row_length)
-    useful = forward * (2 if adapter else 3)
-    return useful, useful + (forward if remat == "full" else 0)
+    """(useful, executed) of a step over full rows; adapter: a `Lora` that is trained instead."""
+    from mdpo_jax.model import flops
+
+    full, scored = [row_length] * rows, rows * row_length
+    useful = flops.step_flops(model, full, scored, adapter=adapter)
+    again = flops.forward_flops(model, full, scored, adapter=adapter) if remat == "full" else 0
+    return useful, useful + again
 
 
 def memory_traffic(

@@ -26,10 +26,17 @@ def step_flops(
     scored: tokens that the head sees.  adapter: what is trained in place of the weights, which then
     have no gradient of their own.  reference: its forward pass is part of the step.
     """
-    weights, scores = _weights(config, lengths, scored), _attention(config, lengths)
+    forward = forward_flops(config, lengths, scored, adapter=adapter)
+    frozen = _weights(config, lengths, scored) if adapter is not None else 0
+    return 3 * forward - frozen + (forward if reference else 0)
+
+
+def forward_flops(
+    config: ModelConfig, lengths: Sequence[int], scored: int, *, adapter: Lora | None = None
+) -> float:
+    """Of a forward pass alone, with the halves of an adapter beside the weights."""
     extra = 0 if adapter is None else 2 * lora.count(config, adapter) * sum(lengths)
-    trained = 3 * (weights + scores + extra) - (weights if adapter is not None else 0)
-    return trained + (weights + scores + extra if reference else 0)
+    return _weights(config, lengths, scored) + _attention(config, lengths) + extra
 
 
 def _weights(config: ModelConfig, lengths: Sequence[int], scored: int) -> float:

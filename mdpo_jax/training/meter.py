@@ -80,10 +80,13 @@ class Meter:
         """The call returned: compiled, if it had to be, and handed to the device."""
         self._called = time.perf_counter()
 
-    def end(self, batch: PackedBatch) -> dict[str, float]:
-        """The step's metrics are here.  Its measures; rates only where nothing was compiled."""
+    def end(self, batch: PackedBatch, mismatched: PackedBatch | None = None) -> dict[str, float]:
+        """The step's metrics are here.  Its measures; rates only where nothing was compiled.
+
+        mismatched: the batch of KTO's reference point, of which the FLOPs count and the tokens do not.
+        """
         self._ended = time.perf_counter()
-        work = self._work(batch)
+        work = self._work(batch, mismatched)
         if self._programs() > self._known:
             return work | {"speed/compile_s": self._called - self._began} | _memory()
         seconds = self._ended - self._before
@@ -98,20 +101,30 @@ class Meter:
             found["speed/mfu"] = 1e12 * found["speed/tflop_per_s"] / self._peak
         return found | _memory()
 
-    def _work(self, batch: PackedBatch) -> dict[str, float]:
-        used = batch.sequence_mask.any(axis=1)
-        tokens = int((batch.segments > 0).sum())
+    def _work(self, batch: PackedBatch, mismatched: PackedBatch | None) -> dict[str, float]:
         counted = batch.weights > 0
         if self._objective.observation_ce_weight:
             counted = counted | (batch.parts == Part.OBSERVATION)
         needed = functools.partial(
             flops.step_flops, self._config, adapter=self._adapter, reference=self._reference
         )
-        begins, ends = _spans(batch.segments[used], batch.positions[used])
-        # What goes on from a shared prompt sees it, and leaves out what the prompt itself takes.
-        total = needed(ends, int(counted.sum())) - needed(begins, 0)
-        slots = int(batch.segments[used].size)
+        total = _over(needed, batch, int(counted.sum()))
+        if self._objective.kind == "unpaired" and self._objective.kl != "zero":
+            # The policy's forward over what KTO's reference point is of, and the reference's.
+            of = batch if mismatched is None else mismatched
+            forward = functools.partial(flops.forward_flops, self._config, adapter=self._adapter)
+            total += (1 + self._reference) * _over(forward, of, int((of.weights > 0).sum()))
+        tokens = int((batch.segments > 0).sum())
+        slots = int(batch.segments[batch.sequence_mask.any(axis=1)].size)
         return {"speed/tokens": tokens, "speed/slots": slots, "speed/tflop": total / 1e12}
+
+
+def _over(needed: Callable[[list[int], int], float], batch: PackedBatch, scored: int) -> float:
+    """FLOPs of all sequences of a batch."""
+    used = batch.sequence_mask.any(axis=1)
+    begins, ends = _spans(batch.segments[used], batch.positions[used])
+    # What goes on from a shared prompt sees it, and leaves out what the prompt itself takes.
+    return needed(ends, scored) - needed(begins, 0)
 
 
 def _spans(segments: np.ndarray, positions: np.ndarray) -> tuple[list[int], list[int]]:

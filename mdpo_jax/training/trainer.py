@@ -108,7 +108,7 @@ class Trainer:
                     )
                     meter.called()
                     values = {name: float(value) for name, value in metrics.items()}
-                speed = meter.end(fed.batch)
+                speed = meter.end(fed.batch, fed.mismatched)
                 if index == 0 and check_step_zero:
                     self._check(objective, values)
                 if not math.isfinite(values["loss"]):

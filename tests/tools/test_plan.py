@@ -141,9 +141,10 @@ def test_flops_are_those_of_the_benchmark():
     model = small_config("gemma", 448, 64, 192, 2, 4, 2, 32)
     one = np.zeros(40, np.int32)
     pair = bench_pairs.BenchPair(one[:30], one[:10], one[:10], one[:10], one[:10])
-    useful, executed = plan_cost.step_flops(model, 80, 40, "full", adapter=False)
+    useful, executed = plan_cost.step_flops(model, 2, 40, "full")
     assert useful == bench_pairs.step_flops(model, [pair], in_step=False)
     assert executed == useful * 4 / 3
+    assert plan_cost.step_flops(model, 2, 40, "none") == (useful, useful)
 
 
 @pytest.fixture(scope="module")

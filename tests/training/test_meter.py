@@ -150,6 +150,25 @@ def test_what_goes_on_from_a_shared_prompt_is_counted_with_what_it_sees():
         assert saved == pytest.approx(flops.step_flops(config, [19], 0) / 1e12)
 
 
+def test_the_forward_passes_of_a_reference_point_are_counted():
+    some = [Item(np.arange(n, dtype=np.int32), np.ones(n, np.float32), np.zeros(n, np.float32))
+            for n in (9, 14)]  # fmt: skip
+    batch, other = (pack([[i]], Layout(2, 16, 2)) for i in some)
+    trained, forward = flops.step_flops(SHAPE, [9], 9), flops.forward_flops(SHAPE, [14], 14)
+
+    def tflop(kl, reference=False, mismatched=None):
+        watched = Meter(SHAPE, Objective("unpaired", kl=kl), reference=reference)
+        found = watched.end(batch, mismatched)
+        assert found["speed/tokens"] == 9
+        return 1e12 * found["speed/tflop"]
+
+    assert tflop("zero") == pytest.approx(trained)
+    assert tflop("batch_mean") == pytest.approx(trained * 4 / 3)
+    assert tflop("mismatched", mismatched=other) == pytest.approx(trained + forward)
+    # A reference in the step goes over both.
+    assert tflop("mismatched", True, other) == pytest.approx(trained * 4 / 3 + 2 * forward)
+
+
 @pytest.mark.parametrize(
     ("kind", "rate"),
     [

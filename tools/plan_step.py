@@ -20,6 +20,7 @@ from mdpo_jax.model import families, lora, sharding
 from mdpo_jax.model.families import ModelConfig
 from mdpo_jax.model.kernels import choose, sees_prefixes
 from mdpo_jax.model.lora import Lora
+from mdpo_jax.pipeline import settings
 from mdpo_jax.training.losses import Forward, Objective
 from mdpo_jax.training.state import Optimiser, TrainState, state_shardings
 from mdpo_jax.training.step import Fixed, make_step
@@ -49,33 +50,29 @@ class Setup:
     @property
     def adapter(self) -> Lora | None:
         """Of a LoRA recipe."""
-        c = self.config.lora
-        return Lora(c.rank, c.alpha, c.targets) if c.rank else None
+        return settings.adapter(self.config)
 
     @property
     def forward(self) -> Forward:
         """The recipe's, `auto` attention resolved for the topology and not for this machine."""
-        m, t = self.config.model, self.config.train
-        kinds = self.model.kinds
-        backend = m.attention
+        found, kinds = settings.forward(self.config, self.platform), self.model.kinds
+        backend = found.attention
         if backend == "auto":
             backend = choose(
                 self.platform, window=kinds[0].window, softcap=self.model.attention_cap,
-                head_dim=self.model.head_dim, length=t.row_length, dtype=m.dtype,
+                head_dim=self.model.head_dim, length=self.config.train.row_length,
+                dtype=found.dtype,
             )  # fmt: skip
             # cuDNN builds its kernels with the card at hand; the blocks of scores that the
             # reference keeps in their place make the plan an upper bound.
             backend = "reference" if backend == "cudnn" else backend
-        shared = t.shared_prompts == "auto" and sees_prefixes(backend, self.platform)
-        return Forward(m.dtype, m.remat, t.logprob_chunk, backend, shared)
+        shared = found.shared_prompts and sees_prefixes(backend, self.platform)
+        return dataclasses.replace(found, attention=backend, shared_prompts=shared)
 
     @property
     def optimiser(self) -> Optimiser:
         """The preference step's."""
-        t = self.config.train
-        return Optimiser(
-            beta2=t.beta2, weight_decay=t.weight_decay, clip=t.clip, name=t.optimiser, ema=t.ema
-        )
+        return settings.optimiser(self.config)
 
 
 def lower(setup: Setup) -> Any:
@@ -107,7 +104,7 @@ def batch(setup: Setup) -> dict[str, Any]:
     """A packed batch, padded to as many micro-batches as `pack` would make of these."""
     t = setup.config.train
     micros = padded_micros(setup.micros)
-    slots = max(2 * t.batch_pairs, setup.config.sft.batch, setup.config.raft.batch)
+    slots = settings.slots(setup.config)
     tokens = (micros, setup.rows, t.row_length)
     shapes: dict[str, tuple[int, ...]] = {
         **dict.fromkeys(("chosen", "rejected", "pair_mask", "margin"), (micros, slots // 2)),

@@ -23,11 +23,12 @@ from mdpo_jax.environment.tool import Tool
 from mdpo_jax.grading.rules import Policy as GradingPolicy
 from mdpo_jax.grading.verdict import Grader
 from mdpo_jax.isolation.sandbox import probe
-from mdpo_jax.model import kernels, lora, sharding, transformer
+from mdpo_jax.model import lora, sharding, transformer
 from mdpo_jax.model.families import ModelConfig
 from mdpo_jax.model.hf_config import small_config
 from mdpo_jax.model.lora import Lora
 from mdpo_jax.model.policy import Policy, load_policy
+from mdpo_jax.pipeline import settings
 from mdpo_jax.pipeline.files import stage
 from mdpo_jax.pipeline.parameters import Adapters, Parameters
 from mdpo_jax.rollout.engine import Engine, Limits
@@ -36,8 +37,6 @@ from mdpo_jax.rollout.remote import RemoteEngine, RemoteSampler
 from mdpo_jax.rollout.sampler import Sampler
 from mdpo_jax.rollout.sampling import Sampling
 from mdpo_jax.rollout.shapes import Shapes
-from mdpo_jax.training.losses import Forward
-from mdpo_jax.training.state import Optimiser
 from mdpo_jax.training.trainer import Trainer
 
 PARAMS, EARLIER = "params", "params-earlier"
@@ -218,20 +217,14 @@ class Context:
 
     def trainer(self, *, sft: bool = False) -> Trainer:
         """The trainer with the preference step's, or the warm-up's, optimiser."""
-        c, t = self.config, self.config.train
-        part = c.sft if sft else t
-        optimiser = Optimiser(
-            beta2=part.beta2, weight_decay=part.weight_decay, clip=t.clip, name=t.optimiser,
-            ema=0.0 if sft else t.ema,
-        )  # fmt: skip
-        shared = t.shared_prompts == "auto"
-        shared = shared and kernels.sees_prefixes(c.model.attention, jax.default_backend())
-        slots = max(2 * t.batch_pairs, c.sft.batch, c.raft.batch)
+        c = self.config
+        forward = settings.forward(c, jax.default_backend())
+        slots = settings.slots(c)
         return Trainer(
             self.shape,
-            Forward(c.model.dtype, c.model.remat, t.logprob_chunk, c.model.attention, shared),
-            optimiser,
-            Layout(self._rows, t.row_length, slots, shared),
+            forward,
+            settings.optimiser(c, sft=sft),
+            Layout(self._rows, c.train.row_length, slots, forward.shared_prompts),
             self.mesh,
             # A fresh model knows nothing that an adapter could build on.
             self.adapter if c.model.path or not sft else None,
@@ -258,8 +251,7 @@ class Context:
     @functools.cached_property
     def adapter(self) -> Lora | None:
         """Rank, alpha and targets of a LoRA run; None where every weight is trained."""
-        c = self.config.lora
-        return Lora(c.rank, c.alpha, c.targets) if c.rank else None
+        return settings.adapter(self.config)
 
     @functools.cached_property
     def parameters(self) -> Parameters:

@@ -145,22 +145,8 @@ def sft(context: Context, folder: Path, advance: Advance) -> dict[str, Any]:
     kept, (params, base) = context.parameters, context.parameters.first()
     held_out = {p.question for name in ("dev", "test") for p in read_problems(context, name)}
     parts = demonstrations(context, held_out, folder) if settings.steps else []
-    if not parts and context.config.model.path is None:
-        raise ConfigError(
-            f"config.problems.path={context.config.problems.path!r}: holds no worked solutions to "
-            "warm a fresh model up with; expected sft.path, or model.path to start from"
-        )
     if not parts:
-        for name in (PARAMS, EARLIER):
-            kept.save(folder / name, params, base)
-        keeper(context, folder, 0, base)(0, lambda: params)
-        if settings.steps:
-            _log.warning("SFT: no worked solutions in %s; skipped", context.config.problems.path)
-        return {
-            "steps": 0,
-            "note": "no demonstrations: the SFT policy is model.path as it is",
-            "policy": kept.identity(params, base),
-        }
+        return _as_it_is(context, folder, params, base)
     single = [(count, [[entry] for entry in items]) for count, items in parts]
     batches = InTurn([(n, Shuffled(groups, settings.batch, seed)) for n, groups in single])
     plan = Plan(
@@ -191,6 +177,26 @@ def sft(context: Context, folder: Path, advance: Advance) -> dict[str, Any]:
         "demonstrations": len(parts[-1][1]),
         "policy": kept.identity(final, base),
         **_rows(folder, trainer),
+    }
+
+
+def _as_it_is(context: Context, folder: Path, params: Any, base: Any) -> dict[str, Any]:
+    """A warm-up without demonstrations: the model that the run starts from, which must be one."""
+    c, kept = context.config, context.parameters
+    if c.model.path is None:
+        raise ConfigError(
+            f"config.problems.path={c.problems.path!r}: holds no worked solutions to warm a fresh "
+            "model up with; expected sft.path, or model.path to start from"
+        )
+    for name in (PARAMS, EARLIER):
+        kept.save(folder / name, params, base)
+    keeper(context, folder, 0, base)(0, lambda: params)
+    if c.sft.steps:
+        _log.warning("SFT: no worked solutions in %s; skipped", c.problems.path)
+    return {
+        "steps": 0,
+        "note": "no demonstrations: the SFT policy is model.path as it is",
+        "policy": kept.identity(params, base),
     }
 
 

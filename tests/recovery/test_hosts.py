@@ -90,7 +90,8 @@ def test_a_killed_host_loses_no_problem_and_doubles_none(tmp_path, environment):
 def test_hosts_go_on_inside_a_training_stage_to_the_same_bits(tmp_path, environment):
     ends = []
     for name, victims in (("whole", ("",)), ("cut", ("1", ""))):
-        flags = [*SMALL, f"--config.workdir={tmp_path / name}", "--config.train.save_every=2"]
+        run = f"--config.workdir={tmp_path / name}"
+        flags = [*SMALL, HOSTS, run, "--config.train.save_every=2"]
         sft = tmp_path / name / "sft"
         for victim in victims:
             told = environment | {"STAGE": "sft", "VICTIM": victim}

@@ -28,5 +28,5 @@ def get_config() -> Config:
         gemma,
         name="gemma2_9b",
         model=replace(gemma.model, path="gemma-2-9b-it-sft", family="gemma2"),
-        train=replace(gemma.train, learning_rate=2e-7),
+        train=replace(gemma.train, learning_rate=2e-7, row_length=2304),
     )

@@ -49,7 +49,7 @@ def get_config() -> Config:
             warmup_steps=40,
             epochs=1,
             rows=16,
-            row_length=2048,
+            row_length=2560,  # of 2,048 tokens a sequence: room for what is over, see docs/scaling.md
         ),
         raft=Raft(per_problem=1, learning_rate=5e-6, epochs=2, batch=32),
         mesh=Mesh(fsdp=0),

@@ -32,8 +32,10 @@ def table(paths: Sequence[Path]) -> str:
     plain = [p for p in plans if not p["note"]]
     weak = [p for p in plans if p["note"] in ("", "weak") and _grows(p)]
     two = [p for p in plans if p["note"] == "slices"]
+    longer = [p for p in plans if p["note"] == "rows"]
     parts = [
         ("Does it fit, and how fast", fits(plain)),
+        ("With the recipes' longer rows", fits(longer)),
         ("What each chip sends", sends(plain)),
         ("Growing the mesh", grows(weak)),
         ("Two slices", [*fits(two), "", *sends(two)]),

@@ -73,7 +73,8 @@ def scored(
     whole: from `params` to what the model takes.  copies: params have a leading axis of
     `sharding.groups()`, a copy for each group of the mesh, which scores its rows by it.
     """
-    used = {name: micro[name] for name in ("tokens", "positions", "segments", "prefixes")}
+    names = ("tokens", "positions", "segments", *(["prefixes"] if forward.shared_prompts else []))
+    used = {name: micro[name] for name in names}
 
     def of_group(params: Any, micro: Arrays, counted: Any) -> tuple[Array, Array]:
         return _scored(config, forward, whole(params), micro, counted)

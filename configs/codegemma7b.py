@@ -2,9 +2,9 @@
 
 Result    GSM8K / MATH 77.3 / 46.4 (SFT) -> 81.5 / 50.1 (M-DPO, 3 iterations), 81.6 / 49.6 (M-KTO):
           the paper's figures (table 1), not yet reproduced with this code
-Hardware  Gemma-7B's, whose shape it has (docs/scaling.md): full fine-tuning on TPU v5e-16 (13.8 of
+Hardware  Gemma-7B's, whose shape it has (docs/scaling.md): full fine-tuning on TPU v5e-16 (14.5 of
           15.75 GiB a chip; there with rollout.tensor=4 and rollout.slots=16 of each process) or
-          v5p-8 (52.4 of 95.7)
+          v5p-8 (over 40 GiB to spare)
 Time      predicted, not measured: 4.9 s a step of 32 pairs on v5e-16, 8.4 s on v5p-8, if every
           sequence had 2,048 tokens; sampling is not in it
 Command   python -m mdpo_jax.train --config=codegemma7b --config.model.path=SFT_FOLDER \

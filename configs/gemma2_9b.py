@@ -2,8 +2,8 @@
 
 Result    GSM8K / MATH 84.1 / 51.0 (SFT) -> 86.3 / 54.5 (M-DPO, 3 iterations), 86.1 / 54.5 (M-KTO):
           the paper's figures (table 1), not yet reproduced with this code
-Hardware  by the plan (docs/scaling.md), full fine-tuning: TPU v5e-16 (14.9 of 15.75 GiB a chip; there
-          with rollout.tensor=4 and rollout.slots=16 of each process) or v5p-8 (56.7 of 95.7)
+Hardware  by the plan (docs/scaling.md), full fine-tuning: TPU v5e-16 (15.2 of 15.75 GiB a chip; there
+          with rollout.tensor=4 and rollout.slots=16 of each process) or v5p-8 (over 35 GiB to spare)
 Time      predicted, not measured: 5.3 s a step of 32 pairs on v5e-16, 9.1 s on v5p-8, if every
           sequence had 2,048 tokens; sampling is not in it
 Command   python -m mdpo_jax.train --config=gemma2_9b --config.model.path=SFT_FOLDER \

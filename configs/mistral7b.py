@@ -2,8 +2,9 @@
 
 Result    GSM8K / MATH 77.8 / 42.7 (SFT) -> 82.3 / 47.5 (M-DPO, 3 iterations), 81.7 / 46.7 (M-KTO):
           the paper's figures (table 1), not yet reproduced with this code
-Hardware  by the plan (docs/scaling.md), full fine-tuning: TPU v5e-16 (11.8 of 15.75 GiB a chip; there
-          with rollout.tensor=4, which leaves room for 86 slots of a process) or v5p-8 (44.2 of 95.7)
+Hardware  by the plan (docs/scaling.md), full fine-tuning: TPU v5e-16 (12.3 of 15.75 GiB a chip; there
+          with rollout.tensor=4, which leaves room for 86 slots of a process), v5p-8 (about 50 GiB to
+          spare), or one H200 with train.rows=2 and train.row_length=2048 (136.9 of 140)
 Time      predicted, not measured: 4.1 s a step of 32 pairs on v5e-16, 7.0 s on v5p-8, if every
           sequence had 2,048 tokens; sampling is not in it
 Command   python -m mdpo_jax.train --config=mistral7b --config.model.path=SFT_FOLDER \

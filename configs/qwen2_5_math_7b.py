@@ -1,9 +1,10 @@
 """Qwen2.5-Math-7B-Instruct, which uses Python by itself, with the paper's loop (arXiv 2409.02392).
 
 Result    none yet; the paper has no Qwen
-Hardware  by count of bytes: 16 a parameter (float32 weights, gradient, two moments) x 7.62 B
-          = 122 GB over the mesh, and 2 a parameter (15 GB) for the sampler's copy, beside
-          activations and caches; not planned yet: tools/plan.py --config=qwen2_5_math_7b
+Hardware  by the plan (docs/scaling.md), full fine-tuning: TPU v5e-16 (12.5 of 15.75 GiB a chip; there
+          with rollout.tensor=2 or 4, for the sampler's copy of the weights is 15 GB)
+Time      predicted, not measured: 4.0 s a step of 32 pairs on v5e-16, if every sequence had 2,048
+          tokens; sampling is not in it
 Command   python -m mdpo_jax.train --config=qwen2_5_math_7b --config.problems.path=PROMPTS.jsonl \
               --config.problems.test_path=TEST.jsonl
 

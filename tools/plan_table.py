@@ -123,8 +123,8 @@ def grows(plans: Sequence[Plan]) -> list[str]:
     its rows of the table send is v5e's program's.
     """
     head = (
-        "on | chips | tokens a chip | GB sent | s computing | s sending | sending is slower below, "
-        "tokens a chip | a step of 131,072 tokens in one micro-batch: up to, chips | from"
+        "on | chips | mesh d x f x t | tokens a chip | GB sent | s computing | s sending | sending is "
+        "slower below, tokens a chip | a step of 131,072 tokens in one micro-batch: up to, chips | from"
     )
     order = sorted(plans, key=lambda p: (p["label"].split("-")[0], p["chips"]))
     rows = [_growth(p, CHIPS[p["topology"].split(":")[0]], "compiled") for p in order]
@@ -142,7 +142,7 @@ def _growth(p: Plan, chip: Chip, source: str) -> list[str]:
     computing = p["flops"]["executed"] / p["chips"] / p["micros"] / chip.flops
     least = own * sent / chip.ici / computing
     return [
-        p["label"], str(p["chips"]), f"{own:.0f}", f"{sent / 1e9:.1f}", f"{computing:.2f}",
+        p["label"], str(p["chips"]), _mesh(p), f"{own:.0f}", f"{sent / 1e9:.1f}", f"{computing:.2f}",
         f"{sent / chip.ici:.2f}", f"{least:.0f}", f"{131072 / least:.0f}", source,
     ]  # fmt: skip
 

@@ -7,11 +7,13 @@ tensor  heads, mlp, vocab
 
 from __future__ import annotations
 
+import contextvars
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -29,6 +31,43 @@ RULES: dict[str, tuple[str, ...]] = {
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
 }
+
+# Mesh axes that are dealt with outside of what is being traced (see `in_groups`).
+_taken: contextvars.ContextVar[frozenset[str]] = contextvars.ContextVar(
+    "taken", default=frozenset()
+)
+_GROUPS = "groups"
+
+
+def groups() -> int:
+    """How many parts of the enclosing `jax.set_mesh` hold parameters of their own: mesh.data."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape["data"]
+
+
+def in_groups(f: Callable, in_axes: Any) -> Callable:
+    """`f` by each group on its own, over a leading axis of `groups()` of what `in_axes` says 0 of.
+
+        jax.vmap, with that axis over `data`: in `f`, rows are over fsdp alone, and whatever is
+        sharded, gathered or reduced is so within a group.
+
+    `anywhere` in `f` says of all groups.
+    """
+
+    def alone(*given: Any) -> Any:
+        token = _taken.set(frozenset({"data"}))
+        try:
+            return f(*given)
+        finally:
+            _taken.reset(token)
+
+    return jax.vmap(alone, in_axes=in_axes, axis_name=_GROUPS, spmd_axis_name="data")
+
+
+def anywhere(flags: jax.Array) -> jax.Array:
+    """Whether one is set, in any group: the same for all, so that a `cond` on it stays one."""
+    found = jnp.any(flags)
+    return jax.lax.pmax(found.astype(jnp.int32), _GROUPS) > 0 if _taken.get() else found
 
 
 def make_mesh(
@@ -76,7 +115,7 @@ def partition(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Any) -
     """
     entries: list[tuple[str, ...] | None] = []
     for axis, size in zip(axes, shape, strict=True):
-        over = RULES.get(axis or "", ())
+        over = tuple(name for name in RULES.get(axis or "", ()) if name not in _taken.get())
         ways = math.prod(mesh.shape[name] for name in over)
         entries.append(over if ways > 1 and size % ways == 0 else None)
     # As the compiler writes a spec; with the same one longer, a second call would compile anew.
@@ -127,7 +166,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 Pin = Callable[[jax.Array], jax.Array]
 
 
-def head(table_VD: jax.Array) -> tuple[jax.Array, Pin, Pin]:
+def head(table_VD: jax.Array) -> tuple[jax.Array, tuple[Pin, Pin] | tuple[()]]:
     """The unembedding with its vocabulary over the whole mesh, and what pins tokens and logits.
 
         table at rest     [V, D / fsdp]     one exchange of the table's share, and one of its
@@ -135,15 +174,19 @@ def head(table_VD: jax.Array) -> tuple[jax.Array, Pin, Pin]:
         a chunk's tokens  [rows, C, D]      gathered: every device scores all of them on its words
         their logits      [rows, C, V / n]
 
+    In groups (`in_groups`) all that is within one, n its devices.
+
     A chunk of tokens is small beside the table, which would else be gathered whole for each of them,
     and its gradient reduced whole.  Outside of a mesh, or where its devices do not divide the
-    vocabulary, everything stays as it is.
+    vocabulary, everything stays as it is, and nothing is to be pinned.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or table_VD.shape[0] % mesh.size:
-        return table_VD, lambda x: x, lambda x: x
+    over = tuple(name for name in MESH_AXES if name not in _taken.get())
+    size = 1 if mesh.empty else math.prod(mesh.shape[name] for name in over)
+    if size == 1 or table_VD.shape[0] % size:
+        return table_VD, ()
 
     def pin(*entries: Any) -> Pin:
         return lambda x: jax.lax.with_sharding_constraint(x, PartitionSpec(*entries))
 
-    return pin(MESH_AXES)(table_VD), pin(), pin(None, None, MESH_AXES)
+    return pin(over)(table_VD), (pin(), pin(None, None, over))

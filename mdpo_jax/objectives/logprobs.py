@@ -17,10 +17,12 @@ def _same(x: Array) -> Array:
 
 class Spread(NamedTuple):
     """What pins a chunk to the devices of a sharded table: its hidden states and targets, and its
-    logits.  Without a mesh all stay as they are."""
+    logits.  Without a mesh all stay as they are.  needed: whether a chunk with such flags is to be
+    computed, which all devices must agree on."""
 
     tokens: Callable[[Array], Array] = _same
     logits: Callable[[Array], Array] = _same
+    needed: Callable[[Array], Array] = jnp.any
 
 
 UNSPREAD = Spread()
@@ -79,7 +81,9 @@ def token_log_probs(
     @jax.checkpoint
     def some(hidden_RCD: Array, targets_RC: Array, counted_RC: Array) -> Array:
         nothing = functools.partial(jnp.zeros, targets_RC.shape)
-        return jax.lax.cond(jnp.any(counted_RC), lambda: score(hidden_RCD, targets_RC), nothing)
+        return jax.lax.cond(
+            spread.needed(counted_RC), lambda: score(hidden_RCD, targets_RC), nothing
+        )
 
     order = jnp.argsort(~counted, axis=1, stable=True)
     hidden = jnp.take_along_axis(hidden, order[..., None], axis=1)
@@ -98,9 +102,13 @@ def _scores(
         "RCD,VD->RCV", hidden_RCD, table.astype(hidden_RCD.dtype),
         preferred_element_type=jnp.float32,
     )  # fmt: skip
-    # Pinned, and their gradient with them: the choice below would send it all to the rows' devices.
+    # Pinned, and their gradient with them: what is below would send it all to the rows' devices.
     logits_RCV = spread.logits(logits_RCV)
     if softcap is not None:
         logits_RCV = softcap * jnp.tanh(logits_RCV / softcap)
-    chosen = jnp.take_along_axis(logits_RCV, targets_RC[..., None], axis=-1)[..., 0]
+    if spread.logits is _same:
+        chosen = jnp.take_along_axis(logits_RCV, targets_RC[..., None], axis=-1)[..., 0]
+    else:  # each device finds it among its words, or not: the compiler would exchange logits for it
+        mine = jnp.arange(logits_RCV.shape[-1]) == targets_RC[..., None]
+        chosen = jnp.sum(jnp.where(mine, logits_RCV, 0), axis=-1)
     return chosen - jax.nn.logsumexp(logits_RCV, axis=-1)

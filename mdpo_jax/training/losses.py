@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -61,20 +62,40 @@ class Forward:
 
 def scored(
     config: ModelConfig, forward: Forward, params: Any, micro: Arrays,
-    counted: Bool[Array, "rows length"] | None = None,
+    counted: Bool[Array, "rows length"] | None = None, *,
+    whole: Callable[[Any], Any] = lambda params: params, copies: bool = False,
 ) -> tuple[Float[Array, "rows length"], Float[Array, "rows length width"]]:  # fmt: skip
     """Log-prob of every token given those before it in its segment, and the last hidden states.
 
     The log-prob is 0 at column 0; that of a segment's first token is meaningless and must carry
     weight 0 (it is a prompt token by construction).  counted: the tokens whose log-probs are asked
     for; those of the others are 0 and the head is spared most of them.
+    whole: from `params` to what the model takes.  copies: params have a leading axis of
+    `sharding.groups()`, a copy for each group of the mesh, which scores its rows by it.
     """
+    names = ("tokens", "positions", "segments", *(["prefixes"] if forward.shared_prompts else []))
+    used = {name: micro[name] for name in names}
+
+    def of_group(params: Any, micro: Arrays, counted: Any) -> tuple[Array, Array]:
+        return _scored(config, forward, whole(params), micro, counted)
+
+    ways = sharding.groups()
+    if ways == 1:
+        return of_group(params, used, counted)
+    rows = jax.tree.map(lambda x: x.reshape(ways, -1, *x.shape[1:]), (used, counted))
+    found = sharding.in_groups(of_group, (0 if copies else None, 0, 0))(params, *rows)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
+
+
+def _scored(
+    config: ModelConfig, forward: Forward, params: Any, micro: Arrays, counted: Any
+) -> tuple[Array, Array]:
     hidden = transformer.hidden_states(
         config, params, micro["tokens"], micro["positions"], micro["segments"],
         micro["prefixes"] if forward.shared_prompts else None,
         dtype=jnp.dtype(forward.dtype), remat=forward.remat, backend=forward.attention,
     )  # fmt: skip
-    table, *pins = sharding.head(transformer.unembedding(params))
+    table, pins = sharding.head(transformer.unembedding(params))
     values = objectives.token_log_probs(
         hidden[:, :-1],
         table,
@@ -82,7 +103,7 @@ def scored(
         chunk=forward.logprob_chunk,
         softcap=config.logit_cap,
         counted=None if counted is None else counted[:, 1:],
-        spread=objectives.Spread(*pins),
+        spread=objectives.Spread(*pins, needed=sharding.anywhere),
     )
     return jnp.pad(values, ((0, 0), (1, 0))), hidden
 
@@ -111,18 +132,19 @@ def totals(batch: Arrays) -> Arrays:
 
 
 def micro_loss(
-    config: ModelConfig, forward: Forward, objective: Objective, params: Any, head: Any,
+    objective: Objective, score: Callable[[Arrays, Array], tuple[Array, Array]], head: Any,
     micro: Arrays, totals: Arrays,
 ) -> tuple[Float[Array, ""], Arrays]:  # fmt: skip
     """This micro-batch's share of the step's loss and metrics; shares add up over micro-batches.
 
-    head: of `objective.value`, else None.
+    score: `scored` of the policy, of a micro-batch and the tokens that count.  head: of
+    `objective.value`, else None.
     """
     seen = micro["parts"] == Part.OBSERVATION
     counted = micro["weights"] > 0
     if objective.observation_ce_weight:
         counted |= seen
-    values, hidden = scored(config, forward, params, micro, counted)
+    values, hidden = score(micro, counted)
     policy = by_sequence(values * micro["weights"], micro)
     if objective.kind == "likelihood":
         loss = -jnp.sum(policy) / totals["tokens"]

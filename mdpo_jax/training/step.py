@@ -18,7 +18,7 @@ from mdpo_jax.data.packing import Layout
 from mdpo_jax.model import lora, sharding
 from mdpo_jax.model.families import ModelConfig
 from mdpo_jax.model.lora import Lora
-from mdpo_jax.training import losses
+from mdpo_jax.training import copies, losses
 from mdpo_jax.training.losses import Forward, Objective, log_probs
 from mdpo_jax.training.segments import Arrays, by_sequence
 from mdpo_jax.training.state import Optimiser, TrainState, state_shardings
@@ -81,9 +81,15 @@ def loss_and_gradients(
 
     def loss(params: Any, micro: Arrays) -> tuple[Array, Arrays]:
         policy, head = params if objective.value is not None else (params, None)
-        return losses.micro_loss(config, forward, objective, whole(policy), head, micro, shared)
+        score = functools.partial(
+            losses.scored, config, forward, policy, whole=whole, copies=groups > 1
+        )
+        return losses.micro_loss(objective, score, head, micro, shared)
 
+    groups = sharding.groups()
     grad, computed = jax.value_and_grad(loss, has_aux=True), _computed(forward, params)
+    if groups > 1:
+        computed = _policy(objective, copies.copied, computed)
 
     def one(index: Any) -> tuple[Any, Arrays]:
         (_, metrics), gradients = grad(computed, micro_batch(batch, index))
@@ -101,7 +107,15 @@ def loss_and_gradients(
     gradients, metrics = jax.eval_shape(one, 0)
     sums = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), gradients)
     metrics = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), metrics)
-    return jax.lax.fori_loop(0, _filled(batch), body, (sums, metrics))
+    sums, metrics = jax.lax.fori_loop(0, _filled(batch), body, (sums, metrics))
+    if groups > 1:  # here, once a step, and not for every micro-batch
+        sums = _policy(objective, copies.summed, sums)
+    return sums, metrics
+
+
+def _policy(objective: Objective, f: Callable[[Any], Any], params: Any) -> Any:
+    """f of the policy; a value head beside it, which is small, as it is."""
+    return f(params) if objective.value is None else Joint(f(params.policy), params.head)
 
 
 def _computed(forward: Forward, params: Any) -> Any:

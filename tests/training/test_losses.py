@@ -30,7 +30,7 @@ WIDTH = 5
 def table_model(monkeypatch):
     """params: {"table": [V] log-probs by id, "embedding": [V W] hidden states by id}."""
 
-    def scored(config, forward, params, micro, counted=None):
+    def scored(config, forward, params, micro, counted=None, **kept):
         return params["table"][micro["tokens"]], params["embedding"][micro["tokens"]]
 
     monkeypatch.setattr(losses, "scored", scored)

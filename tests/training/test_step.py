@@ -140,7 +140,7 @@ def test_the_gradient_in_the_logits_is_zero_but_where_an_action_is_predicted(kin
 
     p = params()
 
-    def scored(config, forward, delta, micro, counted):
+    def scored(config, forward, delta, micro, counted, **kept):
         hidden = transformer.hidden_states(
             config, p, micro["tokens"], micro["positions"], micro["segments"]
         )

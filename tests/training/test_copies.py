@@ -1,0 +1,34 @@
+"""On a mesh with `data`: what crosses it in a step, and what in each micro-batch."""
+
+import pytest
+from plan import setup, shape_of
+from plan_chips import topology
+from plan_hlo import collectives
+from plan_step import lower
+
+from mdpo_jax import recipes
+from mdpo_jax.model.families import count_params
+
+
+@pytest.fixture(scope="module")
+def program():
+    """(text, bytes of the parameters) of tiny's step on 2 x 2 devices, the first two a group."""
+    flags = ["--config=tiny", "--config.mesh.data=2", "--config.mesh.fsdp=2"]
+    config = recipes.parse(flags)
+    model = shape_of(None, config)[1]
+    step = setup(config, model, topology("cpu:4"))
+    return lower(step).compile().as_text(), 4 * count_params(model)
+
+
+def across(text, micros):
+    found = collectives(text, micros, devices=4, slices=2)
+    return sum(t.across for t in found.values())
+
+
+def test_gradients_cross_the_groups_once_a_step(program):
+    text, size = program
+    once, nine = across(text, 1), across(text, 9)
+    # Of each device's half of the gradients, to the other group and back at most.
+    assert size / 4 < once < 1.5 * size
+    # Sums of a sequence's tokens do in each micro-batch, and nothing of a weight's size.
+    assert (nine - once) / 8 < size / 20

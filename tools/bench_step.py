@@ -63,9 +63,11 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--optimiser", choices=names, default="adamw")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(given)
-    for name in ("pairs", "steps", "warmup"):
+    for name in ("pairs", "steps", "warmup", "rows", "lengths"):
         if getattr(options, name) < 1:
             parser.error(f"--{name}={getattr(options, name)}: expected at least 1")
+    if options.model is not None and not (options.model / "config.json").is_file():
+        parser.error(f"--model={options.model}: no config.json; expected a Hugging Face folder")
     if options.max_len <= 320:
         parser.error(f"--max-len={options.max_len}: expected more than 320; prompts have up to 300")
     return options

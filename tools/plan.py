@@ -5,8 +5,9 @@
     python tools/plan.py --table=FILE [FILE ...]
 
 The real step is compiled by the chips' own compiler, which takes minutes and one core, with every
-setting of the recipe and not one weight.  The model's shape: of the recipe's, from a table, or of a
-folder's config.json.  Batches are full: every sequence takes a row, every token is scored.
+setting of the recipe and not one weight; of a method that compares with a reference, without a value
+head.  The model's shape: of the recipe's, a table's, or of a folder's config.json.  Batches are full:
+every sequence takes a row, every token is scored.
 `--search` doubles the rows of a micro-batch while they fit.  `--append` adds the plan to a file,
 from which `--table` makes docs/scaling.md.
 """
@@ -53,6 +54,11 @@ def arguments(given: Sequence[str] | None = None) -> tuple[argparse.Namespace, l
     options, rest = parser.parse_known_args(given)
     if not options.table and not (options.topology and rest):
         parser.error("expected --config=NAME and --topology=NAME, or --table=FILE")
+    if options.search and (options.naive or options.hlo):
+        parser.error("--search plans several steps of ours; expected neither --naive nor --hlo")
+    for path in options.table or ():
+        if not path.is_file():
+            parser.error(f"--table={path}: not a file; expected one that --append wrote")
     return options, rest
 
 
@@ -92,6 +98,12 @@ def setup(config: Any, model: Any, wanted: Topology, rows: int | None = None) ->
 
     from mdpo_jax.model import sharding
 
+    if config.preset.objective not in ("pairs", "unpaired"):
+        raise PlanError(
+            f"config.method={config.method}: no preference step; expected mdpo, mkto, .."
+        )
+    if config.term_c.kind == "value":
+        raise PlanError("config.term_c.kind=value: no value head is planned; expected none")
     m, found = config.mesh, devices(wanted)
     fsdp = m.fsdp or max(1, len(found) // (m.data * m.tensor))
     used = m.data * fsdp * m.tensor
@@ -151,8 +163,9 @@ def plan(step: Any, wanted: Topology, name: str, naive: bool = False) -> tuple[d
     tokens = step.micros * step.rows * t.row_length
     lora = step.adapter is not None
     useful, executed = step_flops(
-        m, step.micros * step.rows, t.row_length, c.model.remat, step.adapter
-    )
+        m, step.micros * step.rows, t.row_length, c.model.remat, step.adapter,
+        reference=step.in_step, point=step.reference_point,
+    )  # fmt: skip
     built = compiled(step, naive)
     text = built.pop("text", "")
     compile_seconds = built.pop("seconds")
@@ -162,7 +175,8 @@ def plan(step: Any, wanted: Topology, name: str, naive: bool = False) -> tuple[d
     memory = memory_traffic(m, params, own, tensor, tokens * tensor / own, step.micros, lora)
     times = seconds(chip, executed / own, memory, traffic)
     return {
-        "config": c.name, "model": name, "params": params, "topology": wanted.name,
+        "config": c.name, "method": c.method, "reference": t.reference_log_probs,
+        "model": name, "params": params, "topology": wanted.name,
         "label": wanted.label, "slices": wanted.slices, "chips": own,
         "mesh": [c.mesh.data, own // (c.mesh.data * tensor), tensor],
         "rows": step.rows, "row_length": t.row_length, "micros": step.micros,

@@ -1,8 +1,7 @@
 """How long a chip takes for a step by formula, and what a sampler needs beside it.
 
-FLOPs are `mdpo_jax/model/flops.py`'s for full rows with every token scored (`useful`; a reference in
-the step is not counted), and one forward more where layers and head are computed again (`executed`;
-remat=full).
+FLOPs are `mdpo_jax/model/flops.py`'s for full rows with every token scored (`useful`), and one forward
+more where layers and head are computed again (`executed`; remat=full).
 
 Bytes of a chip's memory a step: of each micro-batch three passes over the gathered weights in the
 compute type, written and read, and 16 a parameter of its own for adding gradients up; of activations
@@ -21,14 +20,20 @@ EFFICIENCY = 0.6
 
 
 def step_flops(
-    model: Any, rows: int, row_length: int, remat: str, adapter: Any = None
-) -> tuple[float, float]:
-    """(useful, executed) of a step over full rows; adapter: a `Lora` that is trained instead."""
+    model: Any, rows: int, row_length: int, remat: str, adapter: Any = None, *,
+    reference: bool = False, point: bool = False,
+) -> tuple[float, float]:  # fmt: skip
+    """(useful, executed) of a step over full rows; adapter: a `Lora` that is trained instead.
+
+    reference: its forward is part of the step.  point: so are the forwards of KTO's reference point.
+    """
     from mdpo_jax.model import flops
 
     full, scored = [row_length] * rows, rows * row_length
-    useful = flops.step_flops(model, full, scored, adapter=adapter)
-    again = flops.forward_flops(model, full, scored, adapter=adapter) if remat == "full" else 0
+    useful = flops.step_flops(model, full, scored, adapter=adapter, reference=reference)
+    forward = flops.forward_flops(model, full, scored, adapter=adapter)
+    useful += (1 + reference) * forward if point else 0
+    again = forward if remat == "full" else 0
     return useful, useful + again
 
 

@@ -70,6 +70,21 @@ class Setup:
         return dataclasses.replace(found, attention=backend, shared_prompts=shared)
 
     @property
+    def objective(self) -> Objective:
+        """The method's."""
+        return settings.objective(self.config)
+
+    @property
+    def in_step(self) -> bool:
+        """Whether the reference is held beside the policy."""
+        return self.config.train.reference_log_probs == "in_step"
+
+    @property
+    def reference_point(self) -> bool:
+        """Whether KTO's takes passes of its own."""
+        return self.objective.kind == "unpaired" and self.objective.kl != "zero"
+
+    @property
     def optimiser(self) -> Optimiser:
         """The preference step's."""
         return settings.optimiser(self.config)
@@ -78,16 +93,16 @@ class Setup:
 def lower(setup: Setup) -> Any:
     """The lowered step; `.compile()` takes minutes for a TPU."""
     step = make_step(
-        setup.model, setup.forward, Objective("pairs", eta=setup.config.train.eta),
-        setup.optimiser, setup.mesh, setup.adapter,
-    )  # fmt: skip
+        setup.model, setup.forward, setup.objective, setup.optimiser, setup.mesh, setup.adapter
+    )
     on_mesh = contextlib.nullcontext() if setup.mesh is None else jax.set_mesh(setup.mesh)
     with on_mesh:
         return step.lower(*arguments(setup))
 
 
-def arguments(setup: Setup) -> tuple[TrainState, dict[str, Any], Any, Fixed]:
-    """state, batch, learning rate and what is fixed, as shapes with shardings."""
+def arguments(setup: Setup) -> tuple[TrainState, dict[str, Any], Any, Fixed, dict[str, Any] | None]:
+    """state, batch, learning rate, what is fixed, and the batch of KTO's reference point, as shapes
+    with shardings."""
     everywhere = _everywhere(setup)
     params, base = _params(setup)
     held = jax.tree.map(lambda x: x.sharding, params)
@@ -97,7 +112,10 @@ def arguments(setup: Setup) -> tuple[TrainState, dict[str, Any], Any, Fixed]:
     count: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
     state = TrainState(params, _placed(moments, places.opt_state), count, ema)
     rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
-    return state, batch(setup), rate, Fixed(base)
+    fixed = Fixed(base, params if setup.in_step else None)
+    objective = setup.objective
+    beside = objective.kind == "unpaired" and objective.kl == "mismatched"
+    return state, batch(setup), rate, fixed, batch(setup) if beside else None
 
 
 def batch(setup: Setup) -> dict[str, Any]:

@@ -20,7 +20,8 @@ def read(paths: Sequence[Path]) -> list[Plan]:
         for line in path.read_text().splitlines():
             p = json.loads(line)
             names = ("config", "label", "mesh", "rows", "row_length", "pairs", "optimiser", "lora")
-            key = json.dumps([p[name] for name in names] + [p["naive"], p["dtypes"], p["note"]])
+            same = [p[name] for name in names] + [p["naive"], p["dtypes"], p["note"]]
+            key = json.dumps([*same, p.get("method", "mdpo"), p.get("reference", "stored")])
             found.pop(key, None)
             found[key] = p
     return list(found.values())

@@ -18,12 +18,11 @@ from mdpo_jax.data.batches import Batches, Beside, Groups, Shuffled
 from mdpo_jax.data.packing import Item
 from mdpo_jax.data.parts import parts_of
 from mdpo_jax.objectives import turn_discount_weights
-from mdpo_jax.pipeline import monte_carlo
+from mdpo_jax.pipeline import monte_carlo, settings
 from mdpo_jax.pipeline.context import Context
 from mdpo_jax.pipeline.reference import MISMATCHED, PAIRS, ROLLOUTS
 from mdpo_jax.training.losses import Objective
 from mdpo_jax.training.trainer import Plan
-from mdpo_jax.training.value import ValueTerm
 from mdpo_jax.types import Trajectory
 
 
@@ -62,7 +61,7 @@ def examples(context: Context, folder: Path, reference: str, seed: int) -> Examp
         groups: Groups = [[packing.item(trajectory, t.mask)] for trajectory in kept]
         plan = _plan(context, len(groups), seed, raft.batch, raft.epochs, raft.max_steps)
         plan = dataclasses.replace(plan, learning_rate=raft.learning_rate)
-        return Examples(groups, plan, objective(context))
+        return Examples(groups, plan, settings.objective(config))
     scored = _Scored(context, folder.parent / "reference", reference)
     found = scored.pairs(folder.parent / monte_carlo.TERM_C)
     if config.preset.objective == "unpaired":
@@ -74,33 +73,10 @@ def examples(context: Context, folder: Path, reference: str, seed: int) -> Examp
             [side._replace(mismatched=other)] for side, other in zip(sides, borrowed, strict=True)
         ]
         plan = _plan(context, len(groups), seed, 2 * t.batch_pairs, t.epochs, t.max_steps)
-        return Examples(groups, plan, objective(context))
+        return Examples(groups, plan, settings.objective(config))
     plan = _plan(context, len(found), seed, t.batch_pairs, t.epochs, t.max_steps)
     beside = [[entry] for entry in scored.singles(ROLLOUTS)]
-    return Examples(found, plan, objective(context), beside)
-
-
-def objective(context: Context) -> Objective:
-    """What the configured method's steps minimise."""
-    config, t, c = context.config, context.config.train, context.config.term_c
-    if config.preset.objective == "likelihood":
-        return Objective("likelihood", observation_ce_weight=t.observation_ce_weight)
-    head = ValueTerm(c.utility, c.weight, c.learning_rate_scale) if c.kind == "value" else None
-    kind = "unpaired" if config.preset.objective == "unpaired" else "pairs"
-    return Objective(
-        kind,
-        eta=t.eta,
-        nll_weight=config.nll_weight,
-        loss=t.loss,
-        label_smoothing=t.label_smoothing,
-        length_normalised=t.length_normalised,
-        lambda_correct=t.lambda_correct,
-        lambda_wrong=t.lambda_wrong,
-        kl=t.kl,
-        observation_ce_weight=t.observation_ce_weight,
-        value=head,
-        turns=config.rollout.max_turns,
-    )
+    return Examples(found, plan, settings.objective(config), beside)
 
 
 def _plan(

@@ -5,8 +5,9 @@ from __future__ import annotations
 from mdpo_jax.config import Config
 from mdpo_jax.model.kernels import sees_prefixes
 from mdpo_jax.model.lora import Lora
-from mdpo_jax.training.losses import Forward
+from mdpo_jax.training.losses import Forward, Objective
 from mdpo_jax.training.state import Optimiser
+from mdpo_jax.training.value import ValueTerm
 
 
 def forward(config: Config, platform: str) -> Forward:
@@ -14,6 +15,29 @@ def forward(config: Config, platform: str) -> Forward:
     m, t = config.model, config.train
     shared = t.shared_prompts == "auto" and sees_prefixes(m.attention, platform)
     return Forward(m.dtype, m.remat, t.logprob_chunk, m.attention, shared)
+
+
+def objective(config: Config) -> Objective:
+    """What the configured method's steps minimise."""
+    t, c = config.train, config.term_c
+    if config.preset.objective == "likelihood":
+        return Objective("likelihood", observation_ce_weight=t.observation_ce_weight)
+    head = ValueTerm(c.utility, c.weight, c.learning_rate_scale) if c.kind == "value" else None
+    kind = "unpaired" if config.preset.objective == "unpaired" else "pairs"
+    return Objective(
+        kind,
+        eta=t.eta,
+        nll_weight=config.nll_weight,
+        loss=t.loss,
+        label_smoothing=t.label_smoothing,
+        length_normalised=t.length_normalised,
+        lambda_correct=t.lambda_correct,
+        lambda_wrong=t.lambda_wrong,
+        kl=t.kl,
+        observation_ce_weight=t.observation_ce_weight,
+        value=head,
+        turns=config.rollout.max_turns,
+    )
 
 
 def optimiser(config: Config, *, sft: bool = False) -> Optimiser:

@@ -109,10 +109,11 @@ def _scored(
 
 
 def log_probs(
-    config: ModelConfig, forward: Forward, params: Any, micro: Arrays
-) -> Float[Array, "rows length"]:
+    config: ModelConfig, forward: Forward, params: Any, micro: Arrays,
+    counted: Bool[Array, "rows length"] | None = None,
+) -> Float[Array, "rows length"]:  # fmt: skip
     """What `scored` says of them, without the hidden states."""
-    return scored(config, forward, params, micro)[0]
+    return scored(config, forward, params, micro, counted)[0]
 
 
 def totals(batch: Arrays) -> Arrays:

@@ -139,7 +139,7 @@ def _micro_batch(
     """One micro-batch, with the reference's log-probs where the batch does not hold them."""
     micro = {name: value[index] for name, value in source.items()}
     if reference is not None:
-        micro["reference"] = log_probs(config, forward, reference, micro)
+        micro["reference"] = log_probs(config, forward, reference, micro, micro["weights"] > 0)
     return micro
 
 
@@ -154,7 +154,8 @@ def _reference_point(
 
     def body(index: Any, total: Array) -> Array:
         micro = micro_batch(source, index)
-        ratios = log_probs(config, forward, policy, micro) - micro["reference"]
+        values = log_probs(config, forward, policy, micro, micro["weights"] > 0)
+        ratios = values - micro["reference"]
         sums = by_sequence(ratios * micro["weights"], micro)
         return total + objectives.kl_estimate(sums, weight[index], convention=objective.kl)
 

@@ -16,7 +16,7 @@ from mdpo_jax.data import packing, pairs, store
 from mdpo_jax.data.store import Graded
 from mdpo_jax.environment.tool import Observation
 from mdpo_jax.objectives.term_c import soft_value
-from mdpo_jax.pipeline import examples, monte_carlo, reference, stages
+from mdpo_jax.pipeline import examples, monte_carlo, reference, settings, stages
 from mdpo_jax.pipeline.context import PARAMS, Context
 from mdpo_jax.pipeline.files import read_json, stage
 from mdpo_jax.pipeline.progress import Progress
@@ -161,19 +161,19 @@ def test_the_step_gets_what_the_configuration_says(run):
         "train.label_smoothing=0.1", "train.length_normalised=true", "rollout.max_turns=5",
         "train.observation_ce_weight=0.4",
     )  # fmt: skip
-    assert examples.objective(context(run, *pairs)) == Objective(
+    assert settings.objective(context(run, *pairs).config) == Objective(
         kind="pairs", eta=0.2, nll_weight=0.3, loss="robust", label_smoothing=0.1,
         length_normalised=True, observation_ce_weight=0.4, turns=5,
     )  # fmt: skip
     unpaired = (
         "method=kto", "train.lambda_correct=1.1", "train.lambda_wrong=0.9", "train.kl=zero",
     )  # fmt: skip
-    assert examples.objective(context(run, *unpaired)) == Objective(
+    assert settings.objective(context(run, *unpaired).config) == Objective(
         kind="unpaired", lambda_correct=1.1, lambda_wrong=0.9, kl="zero", turns=4
     )
     value = ("term_c.kind=value", "term_c.utility=2", "term_c.weight=3", "train.eta=0.5",
              "term_c.learning_rate_scale=4")  # fmt: skip
-    assert examples.objective(context(run, *value)) == Objective(
+    assert settings.objective(context(run, *value).config) == Objective(
         kind="pairs", eta=0.5, value=ValueTerm(2.0, 3.0, 4.0), turns=4
     )
 

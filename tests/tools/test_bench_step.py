@@ -62,6 +62,13 @@ def test_figures_are_sums_over_the_timed_steps():
     assert found["real_fraction"] == sum(real) / 6000
 
 
+@pytest.mark.parametrize("given", ["--rows=0", "--lengths=0", "--model=no/folder"])
+def test_what_cannot_be_measured_is_said(given, capsys):
+    with pytest.raises(SystemExit):
+        bench_step.arguments([given])
+    assert f"{given}: " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("reference", ["in_step", "precomputed"])
 def test_a_run_on_a_folder_prints_one_line(reference, tmp_path, capsys, monkeypatch):
     config = write_model(tmp_path / "small", "gemma2")

@@ -186,6 +186,22 @@ def test_a_plan_is_said_and_tabled(tiny, tmp_path, capsys):
     assert shown.count("| tiny | adamw | cpu:4 |") == 1  # alike: the newest
 
 
+def test_a_reference_in_the_step_and_kto_s_reference_point_are_planned(tmp_path):
+    file = tmp_path / "plans.jsonl"
+    given = ["--config=tiny", "--topology=cpu:1", f"--append={file}", "--config.train.rows=6"]
+    given += ["--config.train.batch_pairs=8"]
+    held = "--config.train.reference_log_probs=in_step"
+    for more in ([], [held], ["--config.method=mkto"]):
+        assert plan.main([*given, *more]) == 0
+    stored, in_step, kto = map(json.loads, file.read_text().splitlines())
+    bytes_of = [p["bytes"]["arguments"] for p in (stored, in_step, kto)]
+    assert bytes_of[1] - bytes_of[0] == 4 * stored["params"]
+    assert bytes_of[2] > bytes_of[0]  # the second batch
+    useful = [p["flops"]["useful"] for p in (stored, in_step, kto)]
+    assert useful[1:] == pytest.approx([useful[0] * 4 / 3] * 2)
+    assert len(plan_table.read([file])) == 3
+
+
 def test_a_search_doubles_the_rows_while_they_fit(monkeypatch):
     from mdpo_jax import recipes
 
@@ -211,6 +227,8 @@ def test_the_documents_tables_are_those_of_its_plans():
         (["--topology=cpu:4", "--slices=2"], "--slices=2 of cpu:4: expected 1"),
         (["--topology=cpu:4", "--config.nothing=1"], "unknown field 'nothing'"),
         (["--topology=cpu:4", "--config.mesh.fsdp=3"], "= 3 of the 4 chips"),
+        (["--topology=cpu:4", "--config.method=raft"], "method=raft: no preference step"),
+        (["--topology=cpu:4", "--config.term_c.kind=value"], "term_c.kind=value: no value head"),
         (["--topology=cpu:64"], "has 4 CPU devices"),
         (["--topology=cpu:4", "--model=gemma-3b"], "--model=gemma-3b: .*or gemma-nano"),
         (["--topology=cpu:4", "--config.model.path=a/b"], "the shape of a/b is not known"),
@@ -219,6 +237,19 @@ def test_the_documents_tables_are_those_of_its_plans():
 def test_what_cannot_be_planned_is_said(arguments, words, capsys):
     assert plan.main(["--config=tiny", *arguments]) == 2
     assert re.search(words, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--table", "no.jsonl"], "--table=no.jsonl: not a file"),
+        (["--config=tiny", "--topology=cpu:4", "--search", "--naive"], "neither --naive nor --hlo"),
+    ],
+)
+def test_what_cannot_be_asked_for_is_said(arguments, words, capsys):
+    with pytest.raises(SystemExit):
+        plan.main(arguments)
+    assert words in capsys.readouterr().err
 
 
 def test_without_libtpu_it_says_how_to_get_it(monkeypatch):

@@ -80,7 +80,7 @@ FORWARD = Forward("float32", "full", 24, "skipping", shared_prompts=True)
 
 def _other(objective, groups, expected, config=exact.CONFIG, borrowed=None):
     """Every layout of another objective, on a mesh."""
-    run = exact.program(config, FORWARD, objective, sharding.make_mesh(1, 2, 2))
+    run = exact.program(config, FORWARD, objective, sharding.make_mesh(2, 2, 1))
     for layout in exact.LAYOUTS:
         batches = [None if g is None else exact.arranged(g, layout) for g in (groups, borrowed)]
         exact.check(run(exact.params(config), batches[0], None, batches[1]), expected)

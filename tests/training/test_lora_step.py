@@ -71,9 +71,10 @@ def test_gradients_are_those_of_the_merged_model_through_the_merge(layout, remat
     jax.tree.map(near, found, back(whole)[0])
 
 
-def test_a_mesh_gives_the_single_device_result():
+@pytest.mark.parametrize("shape", [(1, 2, 2), (2, 2, 1)], ids=["1 x 2 x 2", "2 x 2 x 1"])
+def test_a_mesh_gives_the_single_device_result(shape):
     one, expected = gradients_of(params(), adapters(), put(batch(), None))
-    mesh = sharding.make_mesh(1, 2, 2)
+    mesh = sharding.make_mesh(*shape)
     base = jax.device_put(params(), sharding.param_shardings(model_config(), mesh))
     placed = jax.device_put(adapters(), lora.shardings(model_config(), LORA, mesh))
     with jax.set_mesh(mesh):
@@ -82,7 +83,7 @@ def test_a_mesh_gives_the_single_device_result():
     jax.tree.map(near, many, one)
 
 
-@pytest.mark.parametrize("shape", [None, (1, 2, 2)], ids=["one device", "2 x 2"])
+@pytest.mark.parametrize("shape", [None, (1, 2, 2), (2, 1, 2)], ids=str)
 def test_steps_change_the_adapter_alone_in_one_program(shape):
     mesh = None if shape is None else sharding.make_mesh(*shape)
     base, small = copy_params(params()), copy_params(adapters())

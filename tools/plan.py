@@ -96,14 +96,19 @@ def setup(config: Any, model: Any, wanted: Topology, rows: int | None = None) ->
     """The step's setting; rows and mesh as `pipeline.Context` makes them of the recipe."""
     from plan_step import Setup
 
+    from mdpo_jax.methods import METHODS
     from mdpo_jax.model import sharding
 
-    if config.preset.objective not in ("pairs", "unpaired"):
+    compared = ("pairs", "unpaired")
+    if config.preset.objective not in compared:
+        known = ", ".join(name for name, m in METHODS.items() if m.objective in compared)
         raise PlanError(
-            f"config.method={config.method}: no preference step; expected mdpo, mkto, .."
+            f"config.method={config.method}: no preference step; expected one of {known}"
         )
     if config.term_c.kind == "value":
-        raise PlanError("config.term_c.kind=value: no value head is planned; expected none")
+        raise PlanError(
+            "config.term_c.kind=value: no value head is planned; expected none or monte_carlo"
+        )
     m, found = config.mesh, devices(wanted)
     fsdp = m.fsdp or max(1, len(found) // (m.data * m.tensor))
     used = m.data * fsdp * m.tensor

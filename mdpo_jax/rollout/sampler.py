@@ -367,7 +367,7 @@ def _copy(over, width, state, from_R, to_R, lengths_R, words_R2):
         # Of each row one shard has something; the others learn it from the sum.
         own_R = from_R < len(state.lengths)
         begun = jax.tree.map(lambda x: jnp.where(_along(own_R, x), x, 0), begun)
-        begun = jax.lax.psum(begun, over)
+        begun = jax.tree.map(lambda x: _summed(x, over), begun)
     cache, first_RV = begun
     return DecodeState(
         caching.put(state.cache, to_R, cache),
@@ -376,6 +376,14 @@ def _copy(over, width, state, from_R, to_R, lengths_R, words_R2):
         _put(state.lengths, to_R, lengths_R),
         _put(state.keys, to_R, words_R2),
     )
+
+
+def _summed(x, over):
+    """Over mesh axes; what is 0 on all shards but one keeps its bits."""
+    if x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
+        # XLA's CPU compiler (jax 0.10.2) ends the process over this sum in bfloat16.
+        return jax.lax.psum(x.astype(jnp.float32), over).astype(x.dtype)
+    return jax.lax.psum(x, over)
 
 
 def _along(mask_R, array):

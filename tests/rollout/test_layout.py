@@ -41,7 +41,7 @@ def draw(config):
     )
 
 
-def sampler(config, tensor):
+def sampler(config, tensor, dtype="float32"):
     """On 4 / tensor shards of rows, its weights from a training layout; tensor 0: one device."""
     params, placement = draw(config), ONE_DEVICE
     if tensor:
@@ -49,7 +49,7 @@ def sampler(config, tensor):
         params = jax.device_put(params, param_shardings(config, mesh))
         placement = Placement(decode_mesh(mesh))
         assert dict(placement.mesh.shape) == {"data": 4 // tensor, "fsdp": 1, "tensor": tensor}
-    made = Sampler(config, SHAPES, chat().stop_ids, "float32", placement)
+    made = Sampler(config, SHAPES, chat().stop_ids, dtype, placement)
     made.load(params)
     return made
 
@@ -85,6 +85,13 @@ def test_every_mesh_gives_what_one_device_gives(family, tensor, monkeypatch):
     equal = [a.ids.tolist() == b.ids.tolist() for a, b in pairs]
     assert sum(equal) >= len(equal) - 1
     assert any((t.roles == Role.OBSERVATION).any() for t, _ in pairs)
+
+
+def test_shards_copy_slots_of_each_other_in_bfloat16():
+    made = sampler(model("gemma"), 1, "bfloat16")
+    every = np.zeros(4 * 8, np.int32)
+    copy = made._copy.lower(64, made.start(), every, every, every, np.zeros((32, 2), np.uint32))
+    assert moved(copy.compile().as_text()) > 0  # on a CPU the compiler ended the process
 
 
 def moved(text):

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
 
 from mdpo_jax import hosts
 from mdpo_jax.chat import Chat
@@ -24,10 +25,10 @@ from mdpo_jax.grading.rules import Policy as GradingPolicy
 from mdpo_jax.grading.verdict import Grader
 from mdpo_jax.isolation.sandbox import probe
 from mdpo_jax.model import lora, sharding, transformer
-from mdpo_jax.model.families import ModelConfig
+from mdpo_jax.model.families import ModelConfig, param_shapes
 from mdpo_jax.model.hf_config import small_config
 from mdpo_jax.model.lora import Lora
-from mdpo_jax.model.policy import Policy, load_policy
+from mdpo_jax.model.policy import Policy, describe_policy, with_params
 from mdpo_jax.pipeline import settings
 from mdpo_jax.pipeline.files import stage
 from mdpo_jax.pipeline.parameters import Adapters, Parameters
@@ -86,7 +87,8 @@ class Context:
 
     @functools.cached_property
     def start(self) -> Policy:
-        """The policy before any training: from `model.path`, or fresh with a trained tokenizer."""
+        """The policy before any training, without its parameters (`begin` reads them): that of
+        `model.path`, or a fresh one with a trained tokenizer."""
         m = self.config.model
         folder = self.directory / "start" / "model"
         if not m.path:
@@ -96,7 +98,11 @@ class Context:
                 return None if there else {"model": self._fresh().save(folder).name}
 
             stage(folder.parent, make)
-        return load_policy(m.path or folder, m.param_dtype, self.mesh)
+        return describe_policy(m.path or folder)
+
+    def begin(self) -> Any:
+        """Parameters before any training, read anew."""
+        return with_params(self.start, self.config.model.param_dtype, self.mesh).params
 
     def _fresh(self) -> Policy:
         from mdpo_jax.data.spellings import family_tokenizer
@@ -257,11 +263,31 @@ class Context:
     def parameters(self) -> Parameters:
         """What the run trains and keeps on disk."""
         if self.adapter is None:
-            return Parameters(self.start.params)
+            return Parameters(self._like, self.begin)
         return Adapters(
-            self.start.params, self.shape, self.adapter, self.config.model.path,
+            self._like, self.begin, self.shape, self.adapter, self.config.model.path,
             self.directory / "sft" / PARAMS, self.mesh, self.config.seed,
         )  # fmt: skip
+
+    @property
+    def _like(self) -> Any:
+        """The form of the model's parameters: shapes with shardings."""
+        shapes = param_shapes(self.shape, jnp.dtype(self.config.model.param_dtype))
+        if self.mesh is None:
+            one = SingleDeviceSharding(jax.devices()[0])
+            places = jax.tree.map(lambda _: one, shapes)
+        else:
+            places = sharding.param_shardings(self.shape, self.mesh)
+        return jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
+        )
+
+    def rest(self) -> None:
+        """Free the devices' memory that sampling took, but for its programs, before a training."""
+        if "engine" in self.__dict__:
+            self.engine.rest()
+        if "sampler" in self.__dict__:
+            self.sampler.rest()
 
     def load(self, path: Path) -> Any:
         """Parameters of a stage of this run, as the model takes them."""

@@ -63,7 +63,7 @@ def _evaluate(
     context: Context, asked: Asked, step: Step | None, suites: Sequence[Suite], out: Path,
     against: dict[str, Any] | None,
 ) -> None:  # fmt: skip
-    params = context.load(step.folder) if step else context.start.params
+    params = context.load(step.folder) if step else context.begin()
     place = str(step.folder) if step else str(context.config.model.path)
     claim = {
         "policy": {"path": place, "fingerprint": fingerprint(params)},

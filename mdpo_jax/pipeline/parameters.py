@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +33,22 @@ Trainable = tuple[Any, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Parameters:
-    """Of a run that trains every weight.  start: those before any training."""
+    """Of a run that trains every weight.
 
-    start: Any
+    like: their form, as shapes with shardings.  start: reads those before any training; nobody holds
+    them beside what is trained.
+    """
+
+    like: Any
+    start: Callable[[], Any]
 
     def first(self) -> Trainable:
         """What the warm-up trains, fit to be donated, and the base under it (None: it is all)."""
-        return copy_params(self.start), None
+        return self.start(), None
 
     def trainable(self, path: Path) -> Trainable:
         """The same of a stage that continues from `path`."""
-        return checkpoint.load_params(path, self.start), None
+        return checkpoint.load_params(path, self.like), None
 
     def whole(self, params: Any, base: Any) -> Any:
         """Of a `Trainable`, parameters that the model takes."""
@@ -88,7 +94,7 @@ class Adapters(Parameters):
         note = _note(path)
         if not note.exists():
             same = not self.source and path == self.warm
-            return self._over(self.base if same else checkpoint.load_params(path, self.start))
+            return self._over(self.base if same else checkpoint.load_params(path, self.like))
         trained_over = read_json(note)["base"]
         if trained_over != self.fingerprint:
             raise ConfigError(
@@ -107,7 +113,7 @@ class Adapters(Parameters):
     @functools.cached_property
     def base(self) -> Any:
         """What the run's adapters stand on."""
-        return self.start if self.source else checkpoint.load_params(self.warm, self.start)
+        return self.start() if self.source else checkpoint.load_params(self.warm, self.like)
 
     @functools.cached_property
     def fingerprint(self) -> str:

@@ -88,6 +88,7 @@ def score_reference(
     rollouts of a value head.  Nothing is scored if the step holds the reference itself.
     """
     config = context.config
+    context.rest()
     found = [store.pair_from(row) for file in pair_files for row in store.read_lines(file)]
     sides = [t for q in found for t in (q.chosen, q.rejected)]
     borrowed, rollouts, counts = [], [], {}

@@ -239,6 +239,7 @@ def train(
     the first log-ratios must be 0.
     """
     config, kept = context.config, context.parameters
+    context.rest()
     params, base = kept.trainable(start)
     compared = config.preset.objective != "likelihood"
     name = identity(of) if compared else ""

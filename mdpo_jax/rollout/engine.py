@@ -171,6 +171,10 @@ class Engine:
         """Let the next warm-up compile for beginnings of up to so many tokens, whatever it is given."""
         self._longest = max(self._longest, min(longest, self._limits.context))
 
+    def rest(self) -> None:
+        """Give up the slots' memory between two runs; the next one has it anew."""
+        self._state = None
+
     def live(self) -> str:
         """What is busy now, for people: `slots 61/64, tools 3`."""
         slots, tools = self._busy

@@ -88,6 +88,9 @@ class RemoteSampler:
         self._probe = whole[: max(1, min(2 * len(whole) // 3, settings.context - _PROBED))]
         self._checked: set[float] = set()  # temperatures
 
+    def rest(self) -> None:
+        """Nothing of it is on this process's devices."""
+
     def load(self, params: Any) -> None:
         """Export the policy, have every server load it, and check that it has.
 

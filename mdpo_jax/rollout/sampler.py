@@ -135,6 +135,10 @@ class Sampler:
             found |= layers
         self._params = nest(found)
 
+    def rest(self) -> None:
+        """Give up the weights; `load` comes before the next use."""
+        self._params = None
+
     def start(self) -> DecodeState:
         """Empty slots."""
         state, _ = self._shardings()

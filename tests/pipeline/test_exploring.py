@@ -169,14 +169,14 @@ def test_the_warm_up_keeps_what_takes_part_and_nothing_else(context, tmp_path):
         "params", "params-earlier", "params-0.34", "params-0.5",
     }  # fmt: skip
     under(context, strategy="checkpoints", checkpoints=(0.5, 1.0))
-    kept.keeper(context, tmp_path, 0, None)(0, lambda: context.start.params)
+    kept.keeper(context, tmp_path, 0, None)(0, lambda: context.begin())
     assert [p.name for p in tmp_path.glob("params*")] == ["params-0.5"]
     under(context)
     assert exploring.sources(context.config, [sft / "params-earlier", sft / "params"]) == [
         exploring.Source(sft / "params", 2),
         exploring.Source(sft / "params-earlier", 3),
     ]
-    kept.keeper(context, tmp_path / "none", 1, None)(1, lambda: context.start.params)
+    kept.keeper(context, tmp_path / "none", 1, None)(1, lambda: context.begin())
     assert not (tmp_path / "none").exists()
 
 

@@ -153,7 +153,7 @@ def test_without_a_warm_up_the_first_policy_is_the_loaded_one_to_the_bit(loaded,
     assert stages.sft(context, tmp_path / "sft", lambda done: None)["steps"] == 0
     for name in ("params", "params-earlier"):
         policy = context.policy(context.load(tmp_path / "sft" / name))
-        jax.tree.map(np.testing.assert_array_equal, policy.params, context.start.params)
+        jax.tree.map(np.testing.assert_array_equal, policy.params, context.begin())
 
 
 def test_another_base_is_refused_in_one_line(loaded, tmp_path, capsys):

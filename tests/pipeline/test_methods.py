@@ -21,8 +21,10 @@ from mdpo_jax.pipeline.context import PARAMS, Context
 from mdpo_jax.pipeline.files import read_json, stage
 from mdpo_jax.pipeline.progress import Progress
 from mdpo_jax.recipes import parse
+from mdpo_jax.rollout.engine import Request
+from mdpo_jax.rollout.sampling import GREEDY
 from mdpo_jax.training.losses import Objective
-from mdpo_jax.training.trainer import copy_params
+from mdpo_jax.training.trainer import Trainer
 from mdpo_jax.training.value import ValueTerm
 from mdpo_jax.types import Problem, Role, Verdict
 
@@ -116,6 +118,34 @@ def test_every_method_moves_its_own_objective(run, method):
         parts = sum(metrics[-1][f"log_ratio/chosen/{p}"] for p in ("text", "code", "answer"))
         counted = method in ("dpo", "kto")  # observations have no part of their own
         assert (parts == pytest.approx(chosen, rel=1e-4)) != counted
+
+
+def test_a_training_finds_nothing_on_the_devices_but_its_own(run, monkeypatch):
+    """Neither the model that the run began with, nor the sampler's copy and the slots' caches."""
+    made, iteration = context(run), run / "run" / "iteration-1"
+    path = run / "run" / "sft" / PARAMS
+    of = reference.sources(made, path, path)
+    files = [iteration / "pairs" / "pairs.jsonl.gz"]
+    size = sum(4 * x.size for x in jax.tree.leaves(made.parameters.like))
+
+    def held():
+        return sum({x.unsafe_buffer_pointer(): x.nbytes for x in jax.live_arrays()}.values())
+
+    before, seen = held(), []
+    stage(iteration / "reference", lambda f: reference.score_reference(made, f, files, of))
+    made.sampler.load(made.load(path))
+    made.engine.run([Request(Problem("p", "q", "1"), 0, "0")], policy="x", sampling=GREEDY)
+    assert held() - before > 1.5 * size
+    fit = Trainer.fit
+
+    def watched(self, params, *given, **named):
+        seen.append(held() - before)
+        return fit(self, params, *given, **named)
+
+    monkeypatch.setattr(Trainer, "fit", watched)
+    stage(iteration / "train", lambda f: stages.train(made, f, path, of, 0, lambda done: None))
+    made.close()
+    assert size <= seen[0] < 1.2 * size
 
 
 def test_single_turn_counts_more_tokens_than_multi_turn(run):
@@ -292,7 +322,7 @@ def test_a_stale_reference_is_refused(run):
 def moved_policy(run):
     """Another policy, as an earlier iteration would have left it."""
     made = context(run)
-    params = jax.tree.map(lambda x: x * 1.01, copy_params(made.start.params))
+    params = jax.tree.map(lambda x: x * 1.01, made.begin())
     folder = run / "run" / "other"
     folder.mkdir()
     made.parameters.save(folder / PARAMS, params, None)
@@ -316,7 +346,7 @@ def test_a_mixture_is_of_probabilities_token_by_token(run, weight, terms):
     pair = store.pair_from(next(iter(store.read_lines(where / "pairs.jsonl.gz"))))
     fixed, updated = (
         made.trainer().score(p, [packing.item(pair.chosen, "sampled")], 4)[0].astype(np.float64)
-        for p in (made.start.params, params)
+        for p in (made.begin(), params)
     )
     expected = np.log(weight * np.exp(fixed) + (1 - weight) * np.exp(updated))
     np.testing.assert_allclose(pair.chosen_reference, expected, atol=1e-5)

@@ -4,7 +4,8 @@ Result    GSM8K / MATH 77.5 / 46.1 (SFT) -> 83.9 / 51.2 (M-DPO, 3 iterations): t
           not yet reproduced with this code
 Hardware  by the plan (docs/scaling.md), full fine-tuning: TPU v5e-16 (14.5 of 15.75 GiB a chip; there
           with rollout.tensor=4 and rollout.slots=16 of each process) or v5p-8 (over 40 GiB to spare);
-          on one H200 with train.optimiser=adamw_bf16_moments and train.rows=2; with lora.rank=16,
+          on one H200 with train.optimiser=adamw_bf16_moments, train.rows=2 and
+          train.row_length=2048 (126.6 of 140); with lora.rank=16,
           model.param_dtype=bfloat16 and train.rows=2 one v6e chip (27.6 of 31.25) or H100
 Time      predicted, not measured: 4.9 s a step of 32 pairs on v5e-16, 8.4 s on v5p-8, if every
           sequence had 2,048 tokens; sampling is not in it

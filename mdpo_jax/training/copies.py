@@ -8,7 +8,7 @@
 
 Were the parameters one over all groups, the compiler would add up each micro-batch's gradients over
 all of them, whole ones at that, for it scatters over one axis alone: compiled for two slices of 16
-chips, three times as much over the data centre's network, and a fifth more within.
+chips, 2.5 times as much over the data centre's network, and a seventh more within.
 """
 
 from __future__ import annotations

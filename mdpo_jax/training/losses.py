@@ -60,6 +60,15 @@ class Forward:
     shared_prompts: bool = False
 
 
+def groups(forward: Forward) -> int:
+    """Parts of the mesh that score by parameters of their own (`sharding.groups`).
+
+    1 where attention may be cuDNN's: jax's rule for mapping it takes no mask that heads share.
+    """
+    on_gpu = forward.attention == "auto" and jax.default_backend() == "gpu"
+    return 1 if on_gpu or forward.attention == "cudnn" else sharding.groups()
+
+
 def scored(
     config: ModelConfig, forward: Forward, params: Any, micro: Arrays,
     counted: Bool[Array, "rows length"] | None = None, *,
@@ -71,7 +80,7 @@ def scored(
     weight 0 (it is a prompt token by construction).  counted: the tokens whose log-probs are asked
     for; those of the others are 0 and the head is spared most of them.
     whole: from `params` to what the model takes.  copies: params have a leading axis of
-    `sharding.groups()`, a copy for each group of the mesh, which scores its rows by it.
+    `groups(forward)`, a copy for each group of the mesh, which scores its rows by it.
     """
     names = ("tokens", "positions", "segments", *(["prefixes"] if forward.shared_prompts else []))
     used = {name: micro[name] for name in names}
@@ -79,7 +88,7 @@ def scored(
     def of_group(params: Any, micro: Arrays, counted: Any) -> tuple[Array, Array]:
         return _scored(config, forward, whole(params), micro, counted)
 
-    ways = sharding.groups()
+    ways = groups(forward)
     if ways == 1:
         return of_group(params, used, counted)
     rows = jax.tree.map(lambda x: x.reshape(ways, -1, *x.shape[1:]), (used, counted))

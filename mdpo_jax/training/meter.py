@@ -105,14 +105,14 @@ class Meter:
         counted = batch.weights > 0
         if self._objective.observation_ce_weight:
             counted = counted | (batch.parts == Part.OBSERVATION)
-        needed = functools.partial(
-            flops.step_flops, self._config, adapter=self._adapter, reference=self._reference
-        )
+        needed = functools.partial(flops.step_flops, self._config, adapter=self._adapter)
+        forward = functools.partial(flops.forward_flops, self._config, adapter=self._adapter)
         total = _over(needed, batch, int(counted.sum()))
+        if self._reference:
+            total += _over(forward, batch, int((batch.weights > 0).sum()))
         if self._objective.kind == "unpaired" and self._objective.kl != "zero":
             # The policy's forward over what KTO's reference point is of, and the reference's.
             of = batch if mismatched is None else mismatched
-            forward = functools.partial(flops.forward_flops, self._config, adapter=self._adapter)
             total += (1 + self._reference) * _over(forward, of, int((of.weights > 0).sum()))
         tokens = int((batch.segments > 0).sum())
         slots = int(batch.segments[batch.sequence_mask.any(axis=1)].size)

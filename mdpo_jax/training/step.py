@@ -86,7 +86,7 @@ def loss_and_gradients(
         )
         return losses.micro_loss(objective, score, head, micro, shared)
 
-    groups = sharding.groups()
+    groups = losses.groups(forward)
     grad, computed = jax.value_and_grad(loss, has_aux=True), _computed(forward, params)
     if groups > 1:
         computed = _policy(objective, copies.copied, computed)

@@ -346,7 +346,8 @@ class Mesh:
 class Config:
     """One run: SFT, then `iterations` of rollout, grading, pairs and a preference step.
 
-    profile: `steps` has the profiler trace a few steps of every training (training/meter.py).
+    profile: `steps` has the profiler trace a few steps of every training (training/meter.py), but for
+    its first, which compiles.
     """
 
     name: str

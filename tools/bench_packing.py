@@ -47,6 +47,12 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(given)
     if not options.pairs and not (options.trajectories and options.tokenizer):
         parser.error("expected --pairs, or --trajectories and --tokenizer")
+    tokenizer = [options.tokenizer] if options.tokenizer else []
+    files = {"pairs": options.pairs, "trajectories": options.trajectories, "tokenizer": tokenizer}
+    for name, paths in files.items():
+        for path in paths:
+            if not path.is_file():
+                parser.error(f"--{name} {path}: expected a file")
     return options
 
 
@@ -138,6 +144,8 @@ def main(given: Sequence[str] | None = None) -> None:
     groups = [(item(a), item(b)) for a, b in found]
     tokens = np.asarray(found)
     steps = len(groups) // options.batch
+    if not steps:
+        raise SystemExit(f"--batch={options.batch}: expected at most the {len(groups)} pairs found")
     print(f"{len(groups)} pairs in {steps} batches, {long} too long; tokens a sequence: mean "
           f"{tokens.mean():.0f}, median {np.median(tokens):.0f}, most {tokens.max()}\n")  # fmt: skip
     names = "rows over", "shape", "first fit", "subset sums", "balanced", "fitted shape", "fitted"

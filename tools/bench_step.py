@@ -56,6 +56,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--release", action="store_true", help="freed memory goes back at once")
     parser.add_argument("--whole-head", action="store_true",
                         help="log-probs of all tokens at once, in place of chunks")  # fmt: skip
+    parser.add_argument("--scanned", action="store_true", help="layers in a loop on a CPU too")
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--remat", choices=["none", "full", "dots"], default="none")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
@@ -115,6 +116,11 @@ def row_lengths(max_len: int, count: int) -> list[int]:
     return [64 * n for n in range(most, most // 2 - 3, -step)][:count][::-1]
 
 
+def unrolled(options: argparse.Namespace, platform: str) -> bool:
+    """Whether a run has the layers unrolled (`pipeline.settings.forward`)."""
+    return platform == "cpu" and options.remat == "none" and not options.scanned
+
+
 def measure(options: argparse.Namespace, config: Any, params: Any) -> dict[str, Any]:
     """Run the steps; the fields that depend on them."""
     import jax
@@ -132,6 +138,7 @@ def measure(options: argparse.Namespace, config: Any, params: Any) -> dict[str, 
     forward = Forward(
         "bfloat16" if options.bf16 else "float32", options.remat,
         1 << 30 if options.whole_head else 2048, options.attention, shared,
+        unrolled(options, jax.default_backend()),
     )  # fmt: skip
     optimiser = Optimiser(name=options.optimiser)
     lengths = row_lengths(options.max_len, options.lengths)

@@ -37,6 +37,8 @@ HALVES = (jnp.bfloat16, jnp.float16)
 
 Local = Callable[[jax.Array, jax.Array, jax.Array, Any], jax.Array]
 
+# Where a kernel runs, as `jax.default_backend()` names it; what is not here runs anywhere.
+PLATFORMS = {"splash": "tpu", "cudnn": "gpu", "pallas_triton": "gpu"}
 # Backends in which a segment may go on from another one.
 WITH_PREFIX = ("reference", "skipping", "cudnn")
 

@@ -31,6 +31,8 @@ from mdpo_jax.model.sharding import constrain
 
 Params = dict[str, Any]
 
+_MOST_UNROLLED = 12  # layers: the time to compile grows with them
+
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -48,11 +50,21 @@ class RMSNorm(nn.Module):
         offset = self.config.traits.unit_offset
         init = nn.initializers.zeros if offset else nn.initializers.ones
         w = self.param("weight", init, x.shape[-1:], self.param_dtype)
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.config.rms_norm_eps)
-        if offset:
-            return (y * (1.0 + w.astype(jnp.float32))).astype(x.dtype)
-        return y.astype(x.dtype) * w.astype(x.dtype)
+        eps = self.config.rms_norm_eps
+        if x.ndim != 3:
+            return _normed(x, w, offset, eps)
+        # As a matrix: XLA's sums of its gradient take a tenth of the time on a CPU.
+        return _normed(x.reshape(-1, x.shape[-1]), w, offset, eps).reshape(x.shape)
+
+
+# What is kept for its gradient is x alone.
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(2, 3))
+def _normed(x: jax.Array, w: jax.Array, offset: bool, eps: float) -> jax.Array:
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    if offset:
+        return (y * (1.0 + w.astype(jnp.float32))).astype(x.dtype)
+    return y.astype(x.dtype) * w.astype(x.dtype)
 
 
 class Embedder(nn.Module):
@@ -92,8 +104,9 @@ def _table(module: nn.Module, config: ModelConfig, dtype: Any) -> jax.Array:
 def _product(x: jax.Array, kernel: jax.Array, inputs: int) -> jax.Array:
     """x @ kernel over x's last and the kernel's first `inputs` axes.
 
-    The kernel's gradient is x^T @ g.  jax would write it as g^T @ x and transpose that, for which
-    XLA lays out g a second time, transposed; on a CPU that costs as much as a tenth of the products.
+    The kernel's gradient is x^T @ g.  jax would write it as g^T @ x and transpose that.  On a CPU
+    XLA lays out what comes first a second time, transposed, which costs as much as a tenth of the
+    products: there it is the narrower of the two.
     """
     return jnp.tensordot(x, kernel, inputs)
 
@@ -105,8 +118,18 @@ def _product_forward(x: jax.Array, kernel: jax.Array, inputs: int) -> tuple[jax.
 def _product_backward(inputs: int, kept: Any, g: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = kept
     rows, outputs = tuple(range(x.ndim - inputs)), kernel.ndim - inputs
+
+    def plain(x: jax.Array, g: jax.Array) -> jax.Array:
+        return jnp.tensordot(x, g, (rows, rows))
+
+    def narrow(x: jax.Array, g: jax.Array) -> jax.Array:
+        turned = jax.lax.optimization_barrier(plain(g, x))  # else XLA turns the product back
+        return jnp.moveaxis(turned, range(outputs), range(inputs, kernel.ndim))
+
     back = tuple(range(g.ndim - outputs, g.ndim)), tuple(range(inputs, kernel.ndim))
-    return jnp.tensordot(g, kernel, back), jnp.tensordot(x, g, (rows, rows))
+    on_cpu = narrow if g.size < x.size else plain
+    of_kernel = jax.lax.platform_dependent(x, g, cpu=on_cpu, default=plain)
+    return jnp.tensordot(g, kernel, back), of_kernel
 
 
 _product.defvjp(_product_forward, _product_backward)
@@ -211,6 +234,18 @@ class Attention(Projections):
         return self._merge(out), cache
 
 
+# Its gradient computes it again from both inputs: kept instead, a layer would have eight arrays of
+# the MLP's width in place of three, and writing those costs more than the activation.
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def _gelu_gated(gate: jax.Array, up: jax.Array) -> jax.Array:
+    return nn.gelu(gate, approximate=True) * up
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def _silu_gated(gate: jax.Array, up: jax.Array) -> jax.Array:
+    return nn.silu(gate) * up
+
+
 class MLP(Projections):
     """down(activation(gate(x)) * up(x)); GELU by its tanh formula in Gemma, SiLU elsewhere."""
 
@@ -220,9 +255,9 @@ class MLP(Projections):
         gate_DF, up_DF = self.kernel("gate", (d, f), 1), self.kernel("up", (d, f), 1)
         down_FD = self.kernel("down", (f, d), 1)
         gate_BTF = self.project("gate", gate_DF, x_BTD)
-        silu = self.config.traits.activations == ("silu",)
-        gate_BTF = nn.silu(gate_BTF) if silu else nn.gelu(gate_BTF, approximate=True)
-        return self.project("down", down_FD, gate_BTF * self.project("up", up_DF, x_BTD))
+        up_BTF = self.project("up", up_DF, x_BTD)
+        gated = _silu_gated if self.config.traits.activations == ("silu",) else _gelu_gated
+        return self.project("down", down_FD, gated(gate_BTF, up_BTF))
 
 
 class Block(nn.Module):
@@ -262,13 +297,14 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The training form: packed rows, layers scanned."""
+    """The training form: packed rows, layers scanned, or one after another where there are few."""
 
     config: ModelConfig
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     remat: str = "none"
     backend: str = "auto"
+    unrolled: bool = False
 
     @nn.compact
     def __call__(self, tokens_BT, positions_BT, segments_BT, bounds_BT2=None):
@@ -283,6 +319,7 @@ class Transformer(nn.Module):
             split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast, 0),  # pyright: ignore[reportArgumentType]
             length=c.num_layers,
+            unroll=c.num_layers if self.unrolled and c.num_layers <= _MOST_UNROLLED else 1,
         )
         kinds = jnp.asarray(c.layer_kinds or (0,) * c.num_layers, jnp.int32)
         ropes = _ropes(c, positions_BT)
@@ -393,16 +430,18 @@ def hidden_states(
     dtype: Any = jnp.float32,
     remat: str = "none",
     backend: str = "auto",
+    unrolled: bool = False,
 ) -> Float[Array, "rows length hidden"]:
     """The training forward, up to and with the final norm, in `dtype`.
 
     A token attends to those before it in the row that have its segment; segment 0 is padding, whose
     states are finite and mean nothing.  positions: of each token within its sequence, for RoPE.
     bounds: of the prefix that a token sees beside its segment (kernels.Prefix); None: there is none.
-    remat: none | full (keep only layer inputs) | dots (keep matrix products).  Under
+    remat: none | full (keep only layer inputs) | dots (keep matrix products).  unrolled: a program in
+    which few layers follow each other, with no loop that gathers what each keeps.  Under
     `jax.set_mesh(mesh)` activations are pinned to the mesh, rows over ("data", "fsdp").
     """
-    model = Transformer(config, dtype, remat=remat, backend=backend)
+    model = Transformer(config, dtype, remat=remat, backend=backend, unrolled=unrolled)
     # A tied table's two gradients meet outside: each is made where its own product lies.
     table = constrain(params["embedder"]["table"], "vocab", "embed")
     params = {**params, "embedder": {**params["embedder"], "table": table}}

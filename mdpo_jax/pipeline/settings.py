@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from mdpo_jax.checks import require
 from mdpo_jax.config import Config
-from mdpo_jax.model.kernels import sees_prefixes
+from mdpo_jax.model.kernels import PLATFORMS, sees_prefixes
 from mdpo_jax.model.lora import Lora
 from mdpo_jax.training.losses import Forward, Objective
 from mdpo_jax.training.state import Optimiser
@@ -11,10 +12,19 @@ from mdpo_jax.training.value import ValueTerm
 
 
 def forward(config: Config, platform: str) -> Forward:
-    """How the model is run.  platform: of the devices, as `jax.default_backend()` names it."""
+    """How the model is run.  platform: of the devices, as `jax.default_backend()` names it.
+
+    ConfigError for attention by a kernel of another platform.
+    """
     m, t = config.model, config.train
+    here = PLATFORMS.get(m.attention, platform) == platform
+    others = ", ".join(name for name, place in PLATFORMS.items() if place == platform)
+    accepted = f"auto, reference, skipping{others and ', '}{others} on {platform} devices"
+    require(here, "model.attention", m.attention, accepted)
     shared = t.shared_prompts == "auto" and sees_prefixes(m.attention, platform)
-    return Forward(m.dtype, m.remat, t.logprob_chunk, m.attention, shared)
+    # A CPU copies what a scan gathers; with remat, XLA would keep what is to be computed again.
+    unrolled = platform == "cpu" and m.remat == "none"
+    return Forward(m.dtype, m.remat, t.logprob_chunk, m.attention, shared, unrolled)
 
 
 def objective(config: Config) -> Objective:

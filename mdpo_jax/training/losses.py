@@ -50,14 +50,15 @@ class Objective:
 
 @dataclasses.dataclass(frozen=True)
 class Forward:
-    """How the trainer runs the model: compute type, remat policy, head chunk, attention backend, and
-    whether batches hold segments that go on from a shared prompt."""
+    """How the trainer runs the model: compute type, remat policy, head chunk, attention backend,
+    whether batches hold segments that go on from a shared prompt, and whether layers are unrolled."""
 
     dtype: str = "float32"
     remat: str = "none"
     logprob_chunk: int = 2048
     attention: str = "auto"
     shared_prompts: bool = False
+    unrolled: bool = False
 
 
 def groups(forward: Forward) -> int:
@@ -103,6 +104,7 @@ def _scored(
         config, params, micro["tokens"], micro["positions"], micro["segments"],
         micro["prefixes"] if forward.shared_prompts else None,
         dtype=jnp.dtype(forward.dtype), remat=forward.remat, backend=forward.attention,
+        unrolled=forward.unrolled,
     )  # fmt: skip
     table, pins = sharding.head(transformer.unembedding(params))
     values = objectives.token_log_probs(

@@ -40,3 +40,18 @@ def test_a_source_is_asked_for(capsys):
     with pytest.raises(SystemExit):
         bench_packing.main([])
     assert "expected --pairs, or --trajectories and --tokenizer" in capsys.readouterr().err
+
+
+def test_a_missing_file_is_named(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        bench_packing.main([f"--pairs={tmp_path / 'pairs.jsonl.gz'}"])
+    assert f"--pairs {tmp_path / 'pairs.jsonl.gz'}: expected a file" in capsys.readouterr().err
+
+
+def test_fewer_pairs_than_a_batch_are_refused(tmp_path):
+    a, b = trajectories()[:2]
+    pair = Pair(a, b, *(np.zeros(len(t.ids), np.float32) for t in (a, b)))
+    path = tmp_path / "pairs.jsonl.gz"
+    store.write_lines(path, [store.pair_row(pair)] * 3)
+    with pytest.raises(SystemExit, match="--batch=4: expected at most the 3 pairs found"):
+        bench_packing.main([f"--pairs={path}", "--batch=4"])

@@ -2,7 +2,8 @@
 
 Layouts (a sequence a row, packed, with shared prompts; one micro-batch or several) run through one
 program each of remat policy and mesh; head chunk, attention and where the reference is scored are
-spread over these, each with every other.  The whole product is `slow`.
+spread over these, each with every other.  Without remat and with a chunked head the layers are
+unrolled.  The whole product is `slow`.
 """
 
 import itertools
@@ -48,7 +49,8 @@ def _narrow_blocks(monkeypatch):
 
 def _every_layout(mesh, remat, chunk, backend, reference):
     shared = remat != "none"
-    forward = Forward("float32", remat, chunk, backend, shared_prompts=shared)
+    unrolled = remat == "none" and chunk != WHOLE
+    forward = Forward("float32", remat, chunk, backend, shared, unrolled)
     run = exact.program(exact.CONFIG, forward, exact.OBJECTIVE, sharding.make_mesh(*mesh))
     stored = reference == "stored"
     groups = exact.pairs(exact.scores() if stored else None)

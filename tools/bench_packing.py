@@ -45,13 +45,15 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ways", type=int, nargs="+", default=[1], help="mesh.data x mesh.fsdp")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(given)
+    if options.batch < 1:
+        parser.error(f"--batch={options.batch}: expected at least 1")
     if not options.pairs and not (options.trajectories and options.tokenizer):
         parser.error("expected --pairs, or --trajectories and --tokenizer")
     tokenizer = [options.tokenizer] if options.tokenizer else []
     files = {"pairs": options.pairs, "trajectories": options.trajectories, "tokenizer": tokenizer}
     for name, paths in files.items():
         for path in paths:
-            if not path.is_file():
+            if not path.exists() or path.is_dir():  # a pipe will do
                 parser.error(f"--{name} {path}: expected a file")
     return options
 
@@ -145,7 +147,10 @@ def main(given: Sequence[str] | None = None) -> None:
     tokens = np.asarray(found)
     steps = len(groups) // options.batch
     if not steps:
-        raise SystemExit(f"--batch={options.batch}: expected at most the {len(groups)} pairs found")
+        raise SystemExit(
+            f"--batch={options.batch}: expected at most the {len(groups)} pairs found, beside {long} "
+            f"that are longer than --max-tokens={options.max_tokens}"
+        )
     print(f"{len(groups)} pairs in {steps} batches, {long} too long; tokens a sequence: mean "
           f"{tokens.mean():.0f}, median {np.median(tokens):.0f}, most {tokens.max()}\n")  # fmt: skip
     names = "rows over", "shape", "first fit", "subset sums", "balanced", "fitted shape", "fitted"

@@ -116,11 +116,6 @@ def row_lengths(max_len: int, count: int) -> list[int]:
     return [64 * n for n in range(most, most // 2 - 3, -step)][:count][::-1]
 
 
-def unrolled(options: argparse.Namespace, platform: str) -> bool:
-    """Whether a run has the layers unrolled (`pipeline.settings.forward`)."""
-    return platform == "cpu" and options.remat == "none" and not options.scanned
-
-
 def measure(options: argparse.Namespace, config: Any, params: Any) -> dict[str, Any]:
     """Run the steps; the fields that depend on them."""
     import jax
@@ -128,6 +123,7 @@ def measure(options: argparse.Namespace, config: Any, params: Any) -> dict[str, 
     from mdpo_jax.data.fitting import best_length
     from mdpo_jax.data.packing import Layout, pack
     from mdpo_jax.model.kernels import sees_prefixes
+    from mdpo_jax.pipeline.settings import unrolled
     from mdpo_jax.training.losses import Forward, Objective
     from mdpo_jax.training.state import Optimiser, init_state
     from mdpo_jax.training.step import Fixed, make_step, put
@@ -138,7 +134,7 @@ def measure(options: argparse.Namespace, config: Any, params: Any) -> dict[str, 
     forward = Forward(
         "bfloat16" if options.bf16 else "float32", options.remat,
         1 << 30 if options.whole_head else 2048, options.attention, shared,
-        unrolled(options, jax.default_backend()),
+        unrolled(options.remat, jax.default_backend()) and not options.scanned,
     )  # fmt: skip
     optimiser = Optimiser(name=options.optimiser)
     lengths = row_lengths(options.max_len, options.lengths)

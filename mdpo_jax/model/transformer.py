@@ -27,6 +27,7 @@ from mdpo_jax.model.attention import attend, attend_cache
 from mdpo_jax.model.caching import Cache
 from mdpo_jax.model.families import ModelConfig, Rope
 from mdpo_jax.model.kernels import Prefix
+from mdpo_jax.model.products import product
 from mdpo_jax.model.sharding import constrain
 
 Params = dict[str, Any]
@@ -57,7 +58,7 @@ class RMSNorm(nn.Module):
         return _normed(x.reshape(-1, x.shape[-1]), w, offset, eps).reshape(x.shape)
 
 
-# What is kept for its gradient is x alone.
+# Under a scan, what is kept for its gradient is x alone.
 @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(2, 3))
 def _normed(x: jax.Array, w: jax.Array, offset: bool, eps: float) -> jax.Array:
     y = x.astype(jnp.float32)
@@ -100,41 +101,6 @@ def _table(module: nn.Module, config: ModelConfig, dtype: Any) -> jax.Array:
     return module.param("table", init, (config.vocab_size, config.hidden_size), dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _product(x: jax.Array, kernel: jax.Array, inputs: int) -> jax.Array:
-    """x @ kernel over x's last and the kernel's first `inputs` axes.
-
-    The kernel's gradient is x^T @ g.  jax would write it as g^T @ x and transpose that.  On a CPU
-    XLA lays out what comes first a second time, transposed, which costs as much as a tenth of the
-    products: there it is the narrower of the two.
-    """
-    return jnp.tensordot(x, kernel, inputs)
-
-
-def _product_forward(x: jax.Array, kernel: jax.Array, inputs: int) -> tuple[jax.Array, Any]:
-    return _product(x, kernel, inputs), (x, kernel)
-
-
-def _product_backward(inputs: int, kept: Any, g: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, kernel = kept
-    rows, outputs = tuple(range(x.ndim - inputs)), kernel.ndim - inputs
-
-    def plain(x: jax.Array, g: jax.Array) -> jax.Array:
-        return jnp.tensordot(x, g, (rows, rows))
-
-    def narrow(x: jax.Array, g: jax.Array) -> jax.Array:
-        turned = jax.lax.optimization_barrier(plain(g, x))  # else XLA turns the product back
-        return jnp.moveaxis(turned, range(outputs), range(inputs, kernel.ndim))
-
-    back = tuple(range(g.ndim - outputs, g.ndim)), tuple(range(inputs, kernel.ndim))
-    on_cpu = narrow if g.size < x.size else plain
-    of_kernel = jax.lax.platform_dependent(x, g, cpu=on_cpu, default=plain)
-    return jnp.tensordot(g, kernel, back), of_kernel
-
-
-_product.defvjp(_product_forward, _product_backward)
-
-
 class Projections(nn.Module):
     """What attention and MLP share: kernels whose first axes are contracted with x's last."""
 
@@ -149,7 +115,7 @@ class Projections(nn.Module):
         """x @ kernel, plus the low-rank x @ a @ b of an adapter where there is one."""
         y: Any = self._few_rows(name, kernel, x, inputs)
         if y is None:
-            y = _product(x, kernel.astype(self.dtype), inputs)
+            y = product(x, kernel.astype(self.dtype), inputs)
         if self.has_variable("params", f"{name}_lora_a"):
             a, b = (self.get_variable("params", f"{name}_lora_{part}") for part in "ab")
             low = jnp.tensordot(x, a.astype(self.dtype), inputs)
@@ -234,8 +200,9 @@ class Attention(Projections):
         return self._merge(out), cache
 
 
-# Its gradient computes it again from both inputs: kept instead, a layer would have eight arrays of
-# the MLP's width in place of three, and writing those costs more than the activation.
+# Their gradients compute them again: kept instead, a scanned layer stacks eight arrays of the MLP's
+# width in place of three, and writing those costs more than the activation.  Unrolled, XLA shares
+# what is equal with the forward pass.
 @functools.partial(jax.checkpoint, prevent_cse=False)
 def _gelu_gated(gate: jax.Array, up: jax.Array) -> jax.Array:
     return nn.gelu(gate, approximate=True) * up

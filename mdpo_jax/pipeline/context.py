@@ -38,6 +38,7 @@ from mdpo_jax.rollout.remote import RemoteEngine, RemoteSampler
 from mdpo_jax.rollout.sampler import Sampler
 from mdpo_jax.rollout.sampling import Sampling
 from mdpo_jax.rollout.shapes import Shapes
+from mdpo_jax.training.losses import Forward
 from mdpo_jax.training.trainer import Trainer
 
 PARAMS, EARLIER = "params", "params-earlier"
@@ -221,10 +222,15 @@ class Context:
         """At a temperature, cut as the rollouts are."""
         return Sampling(temperature, self.config.rollout.top_k, self.config.rollout.top_p)
 
+    @functools.cached_property
+    def forward(self) -> Forward:
+        """How the trainer runs the model; ConfigError for what these devices cannot."""
+        return settings.forward(self.config, jax.default_backend())
+
     def trainer(self, *, sft: bool = False) -> Trainer:
         """The trainer with the preference step's, or the warm-up's, optimiser."""
         c = self.config
-        forward = settings.forward(c, jax.default_backend())
+        forward = self.forward
         slots = settings.slots(c)
         return Trainer(
             self.shape,

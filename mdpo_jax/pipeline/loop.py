@@ -35,7 +35,7 @@ def run(config: Config) -> dict[str, Any]:
 
 def _run(context: Context) -> dict[str, Any]:
     config, directory = context.config, context.directory
-    _ = context.placement  # refused before anything is computed
+    _ = context.placement, context.forward  # refused before anything is computed
     _ = context.start  # of all processes, before one of them works alone
     stage(directory / "problems", lambda f: stages.prepare_problems(context, f), alone=True)
     dev, test = (stages.read_problems(context, name) for name in ("dev", "test"))

@@ -22,9 +22,16 @@ def forward(config: Config, platform: str) -> Forward:
     accepted = f"auto, reference, skipping{others and ', '}{others} on {platform} devices"
     require(here, "model.attention", m.attention, accepted)
     shared = t.shared_prompts == "auto" and sees_prefixes(m.attention, platform)
-    # A CPU copies what a scan gathers; with remat, XLA would keep what is to be computed again.
-    unrolled = platform == "cpu" and m.remat == "none"
-    return Forward(m.dtype, m.remat, t.logprob_chunk, m.attention, shared, unrolled)
+    loose = unrolled(m.remat, platform)
+    return Forward(m.dtype, m.remat, t.logprob_chunk, m.attention, shared, loose)
+
+
+def unrolled(remat: str, platform: str) -> bool:
+    """Whether few layers follow each other without a scan.
+
+    A CPU copies what a scan gathers; with remat, XLA would keep what is to be computed again.
+    """
+    return platform == "cpu" and remat == "none"
 
 
 def objective(config: Config) -> Objective:

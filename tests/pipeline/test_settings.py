@@ -4,7 +4,7 @@ import pytest
 
 from configs.tiny import get_config
 from mdpo_jax.config import Config, ConfigError
-from mdpo_jax.pipeline import settings
+from mdpo_jax.pipeline import loop, settings
 
 
 def recipe(**model) -> Config:
@@ -36,3 +36,10 @@ def test_layers_are_unrolled_on_a_cpu_that_keeps_what_they_compute():
     assert settings.forward(recipe(remat="none"), "cpu").unrolled
     assert not settings.forward(recipe(remat="full"), "cpu").unrolled
     assert not settings.forward(recipe(remat="none"), "tpu").unrolled
+
+
+def test_a_run_stops_before_it_has_computed_anything(tmp_path):
+    config = dataclasses.replace(recipe(attention="splash"), workdir=str(tmp_path))
+    with pytest.raises(ConfigError, match=r"config\.model\.attention='splash'"):
+        loop.run(config)
+    assert not list(tmp_path.glob("*/done.json"))

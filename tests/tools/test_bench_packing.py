@@ -53,5 +53,13 @@ def test_fewer_pairs_than_a_batch_are_refused(tmp_path):
     pair = Pair(a, b, *(np.zeros(len(t.ids), np.float32) for t in (a, b)))
     path = tmp_path / "pairs.jsonl.gz"
     store.write_lines(path, [store.pair_row(pair)] * 3)
-    with pytest.raises(SystemExit, match="--batch=4: expected at most the 3 pairs found"):
+    with pytest.raises(SystemExit, match="--batch=4: expected at most the 3 pairs found, beside 0"):
         bench_packing.main([f"--pairs={path}", "--batch=4"])
+    with pytest.raises(SystemExit, match=r"the 0 pairs found, beside 3 that .* --max-tokens=1$"):
+        bench_packing.main([f"--pairs={path}", "--max-tokens=1"])
+
+
+def test_a_batch_has_a_pair(capsys):
+    with pytest.raises(SystemExit):
+        bench_packing.main(["--pairs=x", "--batch=0"])
+    assert "--batch=0: expected at least 1" in capsys.readouterr().err

@@ -24,14 +24,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdpo_jax.model.attention import attend
-from mdpo_jax.model.kernels import KERNELS, choose
+from mdpo_jax.model.kernels import KERNELS, PLATFORMS, choose
 
 # heads, key heads, head_dim, and what `attend` takes; scale is 256 ** -0.5 in both
 LAYERS: dict[str, tuple[int, int, int, dict[str, Any]]] = {
     "gemma-7b": (16, 16, 256, {}),
     "gemma-2-9b": (16, 8, 256, {"window": 4096, "softcap": 50.0}),
 }
-PLATFORMS = {"tpu": ("splash",), "gpu": ("cudnn", "pallas_triton"), "cpu": ()}
 INTERPRETED = ("splash", "pallas_triton")
 
 
@@ -105,7 +104,8 @@ def bench(layer: str, options: argparse.Namespace) -> None:
 
     want, times = measure(reference, arrays, options.repeats)
     print(json.dumps(case | {"backend": "reference"} | times), flush=True)
-    for name in INTERPRETED if options.interpret else PLATFORMS.get(device.platform, ()):
+    here = [name for name, platform in PLATFORMS.items() if platform == device.platform]
+    for name in INTERPRETED if options.interpret else here:
         how = limits | {"scale": scale} | ({"interpret": True} if options.interpret else {})
         try:
             got, times = measure(functools.partial(KERNELS[name], **how), arrays, options.repeats)

@@ -54,7 +54,8 @@ class RMSNorm(nn.Module):
         eps = self.config.rms_norm_eps
         if x.ndim != 3:
             return _normed(x, w, offset, eps)
-        # As a matrix: XLA's sums of its gradient take a tenth of the time on a CPU.
+        # As a matrix: XLA's sums of its gradient take a tenth of the time on a CPU.  Heads, which a
+        # mesh may split, stay an axis of their own.
         return _normed(x.reshape(-1, x.shape[-1]), w, offset, eps).reshape(x.shape)
 
 
@@ -200,17 +201,12 @@ class Attention(Projections):
         return self._merge(out), cache
 
 
-# Their gradients compute them again: kept instead, a scanned layer stacks eight arrays of the MLP's
+# Its gradient computes it again: kept instead, a scanned layer stacks eight arrays of the MLP's
 # width in place of three, and writing those costs more than the activation.  Unrolled, XLA shares
 # what is equal with the forward pass.
-@functools.partial(jax.checkpoint, prevent_cse=False)
-def _gelu_gated(gate: jax.Array, up: jax.Array) -> jax.Array:
-    return nn.gelu(gate, approximate=True) * up
-
-
-@functools.partial(jax.checkpoint, prevent_cse=False)
-def _silu_gated(gate: jax.Array, up: jax.Array) -> jax.Array:
-    return nn.silu(gate) * up
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
+def _gated(gate: jax.Array, up: jax.Array, silu: bool) -> jax.Array:
+    return (nn.silu(gate) if silu else nn.gelu(gate, approximate=True)) * up
 
 
 class MLP(Projections):
@@ -223,8 +219,8 @@ class MLP(Projections):
         down_FD = self.kernel("down", (f, d), 1)
         gate_BTF = self.project("gate", gate_DF, x_BTD)
         up_BTF = self.project("up", up_DF, x_BTD)
-        gated = _silu_gated if self.config.traits.activations == ("silu",) else _gelu_gated
-        return self.project("down", down_FD, gated(gate_BTF, up_BTF))
+        silu = self.config.traits.activations == ("silu",)
+        return self.project("down", down_FD, _gated(gate_BTF, up_BTF, silu))
 
 
 class Block(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mdpo_jax.checks import require
 from mdpo_jax.config import Config
+from mdpo_jax.model.attention import BACKENDS
 from mdpo_jax.model.kernels import PLATFORMS, sees_prefixes
 from mdpo_jax.model.lora import Lora
 from mdpo_jax.training.losses import Forward, Objective
@@ -17,13 +18,13 @@ def forward(config: Config, platform: str) -> Forward:
     ConfigError for attention by a kernel of another platform.
     """
     m, t = config.model, config.train
-    here = PLATFORMS.get(m.attention, platform) == platform
-    others = ", ".join(name for name, place in PLATFORMS.items() if place == platform)
-    accepted = f"auto, reference, skipping{others and ', '}{others} on {platform} devices"
-    require(here, "model.attention", m.attention, accepted)
+    usable = ["auto", *(b for b in BACKENDS if PLATFORMS.get(b, platform) == platform)]
+    accepted = f"{', '.join(usable)} on {platform} devices"
+    require(m.attention in usable, "model.attention", m.attention, accepted)
     shared = t.shared_prompts == "auto" and sees_prefixes(m.attention, platform)
-    loose = unrolled(m.remat, platform)
-    return Forward(m.dtype, m.remat, t.logprob_chunk, m.attention, shared, loose)
+    return Forward(
+        m.dtype, m.remat, t.logprob_chunk, m.attention, shared, unrolled(m.remat, platform)
+    )  # fmt: skip
 
 
 def unrolled(remat: str, platform: str) -> bool:

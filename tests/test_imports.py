@@ -17,7 +17,7 @@ FLOOR = {
     "reporting": 2, "grading": 2, "environment": 2, "chat": 2, "recipes": 2,
     "hosts": 1, "objectives": 1, "isolation": 1, "config": 1, "types": 1, "rows": 1,
     "methods": 0, "endpoints": 0.5, "exploration": 0.5, "learning": 0.5, "smoke": 1.5, "checks": 0,
-    "host_memory": 0,
+    "host_memory": 0, "products": 0,
 }  # fmt: skip
 NO_JAX = (
     "isolation",

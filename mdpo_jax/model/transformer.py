@@ -27,8 +27,8 @@ from mdpo_jax.model.attention import attend, attend_cache
 from mdpo_jax.model.caching import Cache
 from mdpo_jax.model.families import ModelConfig, Rope
 from mdpo_jax.model.kernels import Prefix
-from mdpo_jax.model.products import product
 from mdpo_jax.model.sharding import constrain
+from mdpo_jax.products import product
 
 Params = dict[str, Any]
 
@@ -286,6 +286,12 @@ class Transformer(nn.Module):
         )
         kinds = jnp.asarray(c.layer_kinds or (0,) * c.num_layers, jnp.int32)
         ropes = _ropes(c, positions_BT)
+        if self.unrolled:
+            # In a branch, where padding alone needs none: XLA takes sine and cosine for cheap and
+            # would fuse them into every head of every layer, which costs more than the rotation.
+            nothing = functools.partial(jax.tree.map, jnp.zeros_like, ropes)
+            again = functools.partial(_ropes, c, positions_BT)
+            ropes = jax.lax.cond(jnp.any(segments_BT > 0), again, nothing)
         prefix = None if bounds_BT2 is None else Prefix(bounds_BT2, positions_BT)
         blocks = layers(c, *dtypes, self.backend, name="layers")
         x_BTD, _ = blocks(x_BTD, ropes, (segments_BT, prefix), kinds)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+from mdpo_jax.products import product
 
 
 def _same(x: Array) -> Array:
@@ -98,10 +100,7 @@ def _scores(
     table: Array, softcap: float | None, spread: Spread, hidden_RCD: Array, targets_RC: Array
 ) -> Array:
     hidden_RCD, targets_RC = spread.tokens(hidden_RCD), spread.tokens(targets_RC)
-    logits_RCV = jnp.einsum(
-        "RCD,VD->RCV", hidden_RCD, table.astype(hidden_RCD.dtype),
-        preferred_element_type=jnp.float32,
-    )  # fmt: skip
+    logits_RCV: Any = product(hidden_RCD, table.astype(hidden_RCD.dtype).T, 1, jnp.float32)
     # Pinned, and their gradient with them: what is below would send it all to the rows' devices.
     logits_RCV = spread.logits(logits_RCV)
     if softcap is not None:

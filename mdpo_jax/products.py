@@ -44,14 +44,19 @@ def _backward(inputs: int, dtype: Any, kept: Any, g: jax.Array) -> tuple[jax.Arr
         of_kernel = jax.lax.optimization_barrier(contract(_turned(left), right, ((1,), (0,))))
         return (of_kernel if narrow else of_kernel.T).reshape(kernel.shape)
 
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if alone():
         of_kernel = jax.lax.platform_dependent(x, g, cpu=in_strips, default=plain)
     else:  # a loop over rows would gather those that lie on other devices
         of_kernel = plain(x, g)
     back = tuple(range(g.ndim - outputs, g.ndim)), tuple(range(inputs, kernel.ndim))
     of_x = contract(g, kernel, back)
     return of_x.astype(x.dtype), of_kernel.astype(kernel.dtype)
+
+
+def alone() -> bool:
+    """Whether what is traced is for one device: outside of a mesh, or on a mesh of one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or mesh.size == 1
 
 
 def _contract(a: jax.Array, b: jax.Array, axes: Any, dtype: Any) -> jax.Array:

@@ -37,14 +37,16 @@ def _backward(inputs: int, dtype: Any, kept: Any, g: jax.Array) -> tuple[jax.Arr
         return contract(x, g, (tuple(range(rows)),) * 2)
 
     def in_strips(x: jax.Array, g: jax.Array) -> jax.Array:
-        x, g = (a.reshape(math.prod(a.shape[:rows]), -1) for a in (x, g))
+        count = math.prod(x.shape[:rows])
+        x = x.reshape(count, math.prod(kernel.shape[:inputs]))
+        g = g.reshape(count, math.prod(kernel.shape[inputs:]))
         narrow = x.shape[1] <= g.shape[1]
         left, right = (x, g) if narrow else (g, x)
-        # Behind a barrier, or XLA takes a transpose of the product into it.
+        # Behind a barrier: XLA would write a transpose of it as the product of the transposes.
         of_kernel = jax.lax.optimization_barrier(contract(_turned(left), right, ((1,), (0,))))
         return (of_kernel if narrow else of_kernel.T).reshape(kernel.shape)
 
-    if alone():
+    if on_one_device():
         of_kernel = jax.lax.platform_dependent(x, g, cpu=in_strips, default=plain)
     else:  # a loop over rows would gather those that lie on other devices
         of_kernel = plain(x, g)
@@ -53,8 +55,11 @@ def _backward(inputs: int, dtype: Any, kept: Any, g: jax.Array) -> tuple[jax.Arr
     return of_x.astype(x.dtype), of_kernel.astype(kernel.dtype)
 
 
-def alone() -> bool:
-    """Whether what is traced is for one device: outside of a mesh, or on a mesh of one."""
+def on_one_device() -> bool:
+    """Whether what is traced is for one device: outside of `jax.set_mesh`, or in that of one.
+
+    Arrays that lie on several devices all the same get right values, with more exchanges.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.empty or mesh.size == 1
 

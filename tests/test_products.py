@@ -22,6 +22,7 @@ def arrays(shape, kernel, dtype="float32"):
     ((2, 40, 3, 5), (3, 5, 12), 2),  # heads go in
     ((1, 37, 12), (12, 30), 1),  # rows that strips do not divide
     ((1, 7, 30), (30, 12), 1),  # fewer than a strip
+    ((0, 7, 12), (12, 30), 1),  # none
 ])  # fmt: skip
 def test_gradients_are_those_of_a_plain_product(shape, kernel, inputs):
     x, w = arrays(shape, kernel)

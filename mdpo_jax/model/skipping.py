@@ -47,7 +47,8 @@ class _Packed(NamedTuple):
 
 class _Queries(NamedTuple):
     """The same of a block's queries, for each head that shares a key head, and their places in the
-    row: [R] each.  Bounds apart: XLA reads every other value of an array at half the speed."""
+    row: [R] each.  Bounds apart: scores read them for each key, and XLA reads every other value of
+    an array at half the speed."""
 
     segments: Any
     positions: Any

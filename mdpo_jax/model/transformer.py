@@ -27,7 +27,7 @@ from mdpo_jax.model.attention import attend, attend_cache
 from mdpo_jax.model.caching import Cache
 from mdpo_jax.model.families import ModelConfig, Rope
 from mdpo_jax.model.kernels import Prefix
-from mdpo_jax.model.sharding import constrain
+from mdpo_jax.model.sharding import anywhere, constrain
 from mdpo_jax.products import product
 
 Params = dict[str, Any]
@@ -276,22 +276,23 @@ class Transformer(nn.Module):
         # First as the table lies: its gradient takes an exchange back, not every row's whole.
         x_BTD = constrain(x_BTD, "row_groups", None, "embed")
         x_BTD = constrain(x_BTD, "rows", None, None)
+        unrolled = self.unrolled and c.num_layers <= _MOST_UNROLLED
         layers = nn.scan(
             _rematerialised(self.remat),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast, 0),  # pyright: ignore[reportArgumentType]
             length=c.num_layers,
-            unroll=c.num_layers if self.unrolled and c.num_layers <= _MOST_UNROLLED else 1,
+            unroll=c.num_layers if unrolled else 1,
         )
         kinds = jnp.asarray(c.layer_kinds or (0,) * c.num_layers, jnp.int32)
         ropes = _ropes(c, positions_BT)
-        if self.unrolled:
+        if unrolled:
             # In a branch, where padding alone needs none: XLA takes sine and cosine for cheap and
             # would fuse them into every head of every layer, which costs more than the rotation.
             nothing = functools.partial(jax.tree.map, jnp.zeros_like, ropes)
             again = functools.partial(_ropes, c, positions_BT)
-            ropes = jax.lax.cond(jnp.any(segments_BT > 0), again, nothing)
+            ropes = jax.lax.cond(anywhere(segments_BT > 0), again, nothing)
         prefix = None if bounds_BT2 is None else Prefix(bounds_BT2, positions_BT)
         blocks = layers(c, *dtypes, self.backend, name="layers")
         x_BTD, _ = blocks(x_BTD, ropes, (segments_BT, prefix), kinds)

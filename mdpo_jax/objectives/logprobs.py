@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens without materialising [tokens, vocab]."""
+"""Log-probabilities of given tokens without materialising more than [chunk, vocab]."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from mdpo_jax.products import alone, product
+from mdpo_jax.products import on_one_device, product
 
 _PARTS = 8  # of a row's tokens, of which a CPU computes as few as hold what is counted
 
@@ -42,11 +42,12 @@ def token_log_probs(
     counted: Bool[Array, "*rows tokens"] | None = None,
     spread: Spread = UNSPREAD,
 ) -> Float[Array, "*rows tokens"]:
-    """log softmax(hidden @ table.T)[target] of each token, float32.
+    """log softmax(hidden @ table.T)[target] of each token, float32; differentiable in reverse mode.
 
     Works through about `chunk` tokens at a time, some of every row, and recomputes each chunk's
     logits in the backward pass, so the largest temporary is [chunk, vocab] whatever the number of
-    tokens.  softcap: the final cap of Gemma-2, cap * tanh(logit / cap).
+    tokens.  softcap: the final cap of Gemma-2, cap * tanh(logit / cap).  A target that counts is
+    one of the vocabulary's.
     counted: whose log-probs are asked for; the others are 0, and chunks without any cost nothing:
 
         row 0 | . . x x . x |  ->  | x x x | . . . |      counted tokens come first
@@ -72,7 +73,8 @@ def token_log_probs(
         again = jax.checkpoint(score)
         pieces = _cut(hidden, wide), _cut(targets, wide)
         return _joined(jax.lax.map(lambda piece: again(*piece), pieces), tokens)
-    if wide == tokens and not alone():
+    leading = spread.logits is _same and on_one_device()
+    if wide == tokens and not leading:
         return jnp.where(counted, score(hidden, targets), 0)
     order = jnp.argsort(~counted, axis=1, stable=True)
     hidden = jnp.take_along_axis(hidden, order[..., None], axis=1)
@@ -103,7 +105,7 @@ def _chunks(
     score: Callable[[Array, Array], Array], spread: Spread, hidden_RTD: Array, targets_RT: Array,
     counted_RT: Array, wide: int,
 ) -> Array:  # fmt: skip
-    """Chunk by chunk, but for those without a counted token."""
+    """Chunk by chunk, leaving out those without a counted token."""
 
     # The cond is inside of what is computed again: outside, its branch would keep the table for the
     # backward pass, a copy of it for each chunk.
@@ -122,18 +124,19 @@ def _chunks(
 def _leading(
     softcap: float | None, most: Array, hidden_RTD: Array, table_VD: Array, targets_RT: Array
 ) -> Array:
-    """Log-probs of the first `most` tokens of each row and, on a CPU, of few after them; else 0."""
-    return _leading_sums(softcap, most, hidden_RTD, table_VD, targets_RT)[0]
+    """Log-probs of at least the first `most` tokens of each row: of all, or on a CPU of as many
+    eighths as hold them, and 0 after these."""
+    return _leading_scores(softcap, most, hidden_RTD, table_VD, targets_RT)[0]
 
 
 def _leading_kept(softcap, most, hidden_RTD, table_VD, targets_RT):
-    trained = table_VD.perturbed  # an adapter's table is not
     given = tuple(x.value for x in (most, hidden_RTD, table_VD, targets_RT))
-    values_RT, *sums = _leading_sums(softcap, *given)
-    return values_RT, (*given, *sums, () if trained else None)
+    values_RT, *scores = _leading_scores(softcap, *given)
+    # Whether the table is trained, as under an adapter it is not: what is kept may hold no bool.
+    return values_RT, (*given, *scores, () if table_VD.perturbed else None)
 
 
-def _leading_sums(softcap, most, hidden_RTD, table_VD, targets_RT):
+def _leading_scores(softcap, most, hidden_RTD, table_VD, targets_RT):
     """The log-probs, the logits and the log-sum-exps."""
     tokens = targets_RT.shape[1]
 
@@ -148,12 +151,12 @@ def _leading_sums(softcap, most, hidden_RTD, table_VD, targets_RT):
 
 
 def _leading_gradients(softcap, kept, given_RT):
-    most, hidden_RTD, table_VD, targets_RT, *sums, trained = kept
+    most, hidden_RTD, table_VD, targets_RT, *scores, trained = kept
     tokens, tables = targets_RT.shape[1], () if trained is None else (table_VD,)
 
     def of(width: int) -> tuple[Array, ...]:
         hidden, targets, logits, total, given = (
-            x[:, :width] for x in (hidden_RTD, targets_RT, *sums, given_RT)
+            x[:, :width] for x in (hidden_RTD, targets_RT, *scores, given_RT)
         )
         capped, slope = _capped(logits, softcap)
         mine = jnp.arange(logits.shape[-1]) == targets[..., None]
@@ -166,14 +169,15 @@ def _leading_gradients(softcap, kept, given_RT):
     return None, of_hidden, of_table[0] if of_table else None, None
 
 
+# With symbolic zeros it is told what is not differentiated, and makes no gradient of the table then.
 _leading.defvjp(_leading_kept, _leading_gradients, symbolic_zeros=True)
 
 
 def _by_width(of: Callable[[int], Any], most: Array, tokens: int) -> Any:
     """of(a width of at least `most`): on a CPU one of few, elsewhere all tokens.
 
-    Branches whose outputs are as large as the largest cost an accelerator more memory than their
-    products save it time.
+    Every branch's outputs are padded to all tokens, which costs an accelerator more memory than the
+    smaller products save it time.  Mapped over `most`, all branches would run.
     """
     step = -(-tokens // _PARTS)
     widths = sorted({min(tokens, n * step) for n in range(1, _PARTS + 1)})

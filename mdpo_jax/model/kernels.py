@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mdpo_jax.model.sharding import RULES, partition
+from mdpo_jax.products import on_one_device
 
 LANES = 128  # a TPU register's minor dimension: splash wants lengths and head_dim in multiples
 SPLASH_BLOCK = 512
@@ -213,9 +214,9 @@ def on_mesh(local: Local, q_BTHK, k_BSGK, v_BSGK, packed: Any) -> jax.Array:
                                      queries    0 1  2 3  4 5  6 7
                                      keys       0    0    1    1
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if on_one_device():
         return local(q_BTHK, k_BSGK, v_BSGK, packed)
+    mesh = jax.sharding.get_abstract_mesh()
     q_spec = partition(("rows", None, "heads", None), q_BTHK.shape, mesh)
     if len(q_spec) > 2:  # the heads are sharded
         kv_heads, ways = k_BSGK.shape[2], math.prod(mesh.shape[name] for name in RULES["heads"])

@@ -18,6 +18,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mdpo_jax.model.families import ModelConfig, nest, weight_map
+from mdpo_jax.products import on_one_device
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -157,9 +158,9 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     Under fsdp an activation's rows and a weight's `embed` compete for one mesh axis; without this
     the compiler may gather the rows.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if on_one_device():
         return x
+    mesh = jax.sharding.get_abstract_mesh()
     return jax.lax.with_sharding_constraint(x, partition(axes, x.shape, mesh))
 
 

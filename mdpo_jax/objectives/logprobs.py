@@ -92,8 +92,8 @@ def _cut(x: Array, wide: int) -> Array:
     """[rows, tokens, ...] as [pieces, rows, wide, ...], padded."""
     rows, tokens = x.shape[:2]
     pieces = -(-tokens // wide)
-    padding = ((0, 0), (0, pieces * wide - tokens), *[(0, 0)] * (x.ndim - 2))
-    return jnp.pad(x, padding).reshape(rows, pieces, wide, *x.shape[2:]).swapaxes(0, 1)
+    x = _padded(x, pieces * wide)
+    return x.reshape(rows, pieces, wide, *x.shape[2:]).swapaxes(0, 1)
 
 
 def _joined(values_PRC: Array, tokens: int) -> Array:

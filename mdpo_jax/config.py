@@ -101,7 +101,8 @@ class Problems:
     def __post_init__(self) -> None:
         _at_least(0 if self.path else 1, "problems", self, "per_iteration")
         _at_least(1, "problems", self, "dev", "test")
-        _at_least(9, "problems", self, "largest_start", "largest_value")
+        _at_least(9, "problems", self, "largest_start")
+        _at_least(2, "problems", self, "largest_value")
         _share("problems", self, "noise", "fault")
         accepted = "0 with problems.path, whose tool is the interpreter as it is"
         _require(self.path is None or self.fault == 0, "problems.fault", self.fault, accepted)

@@ -46,9 +46,11 @@ def _backward(inputs: int, dtype: Any, kept: Any, g: jax.Array) -> tuple[jax.Arr
         of_kernel = jax.lax.optimization_barrier(contract(_turned(left), right, ((1,), (0,))))
         return (of_kernel if narrow else of_kernel.T).reshape(kernel.shape)
 
-    if on_one_device():
+    # A loop over rows would gather those that lie on other devices, and in bfloat16 a CPU converts
+    # all that has been turned in each of its rounds.
+    if on_one_device() and x.dtype == g.dtype == jnp.float32:
         of_kernel = jax.lax.platform_dependent(x, g, cpu=in_strips, default=plain)
-    else:  # a loop over rows would gather those that lie on other devices
+    else:
         of_kernel = plain(x, g)
     back = tuple(range(g.ndim - outputs, g.ndim)), tuple(range(inputs, kernel.ndim))
     of_x = contract(g, kernel, back)

@@ -1,11 +1,11 @@
 """`--smoke`: any recipe from warm-up to export on a CPU, in about a minute and without a download.
 
 The policy becomes a random one of the recipe's family, two layers of 48, with a tokenizer that spells
-the family's special tokens; the problems become the synthetic suite's with one-digit answers, so that
-what has learnt no more than the form is right now and then, and there are pairs.  What is the recipe's
-own stays: chat format and system prompt, method and objective, tool, rules for pairs, optimiser and its
-settings, samples a problem, turns, types, remat, adapter and mesh.  What comes out is no measure of
-anything.
+the family's special tokens; the problems become the synthetic suite's with 0, 1 or 2 for an answer, so
+that what has learnt no more than the form is right now and then, and there are pairs.  What is the
+recipe's own stays: chat format and system prompt, method and objective, tool, rules for pairs,
+optimiser and its settings, samples a problem, turns, types, remat, adapter and mesh.  What comes out
+is no measure of anything.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def smoke(config: Config) -> Config:
     shape = {"path": None, "vocab_size": 448, "hidden_size": 48, "num_layers": 2, "num_heads": 4}
     shape |= {"num_kv_heads": 2, "head_dim": 16, "intermediate_size": 96}
     files = {"path": None, "dev_path": None, "test_path": None}
-    suite = {"steps": (1.0,), "largest_start": 49, "largest_value": 9, "mental_scale": 0.0}
+    suite = {"steps": (1.0,), "largest_start": 99, "largest_value": 2, "mental_scale": 0.0}
     # About 120 trajectories an iteration, whatever the samples of a problem.
     samples = config.rollout.samples + config.rollout.previous_samples
     counts = {"per_iteration": max(4, 120 // samples), "dev": 4, "test": 4}

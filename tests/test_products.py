@@ -52,6 +52,13 @@ def test_sums_have_the_type_that_is_asked_for_and_gradients_that_of_what_they_ar
         np.testing.assert_allclose(got.astype(np.float32), want, rtol=0.01)
 
 
+def test_a_loop_converts_nothing_again_and_again():
+    """A CPU keeps what a loop in bfloat16 carries as float32, and rounds all of it every time."""
+    x, w = arrays((64, 32), (32, 48), jnp.bfloat16)
+    grad = jax.jit(jax.grad(lambda x, w: jnp.sum(product(x, w, 1) ** 2), 1))
+    assert "while(" not in grad.lower(x, w).compile().as_text()
+
+
 @pytest.mark.parametrize("turned", [False, True])
 def test_a_gradient_keeps_its_form_and_no_operand_of_it_is_laid_out_again(turned):
     """XLA's own transpose of a product's operand reads it value by value."""

@@ -99,7 +99,7 @@ def run(name, folder, capsys, *more):
 
 @pytest.mark.parametrize("name", ALWAYS)
 def test_every_stage_of_a_recipe_runs(name, tmp_path, capsys):
-    few = ("iterations=1", "rollout.slots=4", "sft.steps=80", "profile=steps")
+    few = ("iterations=1", "rollout.slots=4", "sft.steps=80", "sft.batch=4", "profile=steps")
     run(name, tmp_path, capsys, *(f"--config.{field}" for field in few))
     assert list((tmp_path / "sft" / "profile").rglob("*.xplane.pb"))
 

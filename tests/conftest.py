@@ -3,6 +3,7 @@
 The environment must be set before jax is imported; workers and what tests start inherit it.
 """
 
+import gc
 import os
 import tempfile
 
@@ -16,6 +17,10 @@ if "xla_force_host_platform_device_count" not in flags:
 os.environ["XLA_FLAGS"] = flags.strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Tracing makes many small objects that live: to look for dead ones among them as often as Python does,
+# and to note a hundred frames of each operation as jax does, takes a tenth of the tests' time.
+gc.set_threshold(200_000, 50, 50)
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     # Programs recur within a file, between files and in processes that tests start.
     compiled = tempfile.TemporaryDirectory(prefix="compiled-")

@@ -18,7 +18,7 @@ def product(x: jax.Array, kernel: jax.Array, inputs: int, dtype: Any = None) -> 
 
     The kernel's gradient is x^T @ g.  jax would write it as g^T @ x and transpose that.  On a CPU
     XLA lays out what comes first a second time, transposed, value by value, which costs as much as
-    a tenth of the products: there it is the narrower of the two, and is turned in strips.
+    a tenth of the products: in float32 it is there the narrower of the two, and turned in strips.
     """
     return jnp.tensordot(x, kernel, inputs, preferred_element_type=dtype)
 

@@ -52,10 +52,11 @@ def test_sums_have_the_type_that_is_asked_for_and_gradients_that_of_what_they_ar
         np.testing.assert_allclose(got.astype(np.float32), want, rtol=0.01)
 
 
-def test_a_loop_converts_nothing_again_and_again():
+@pytest.mark.parametrize("dtype", [None, jnp.float32])
+def test_a_loop_converts_nothing_again_and_again(dtype):
     """A CPU keeps what a loop in bfloat16 carries as float32, and rounds all of it every time."""
     x, w = arrays((64, 32), (32, 48), jnp.bfloat16)
-    grad = jax.jit(jax.grad(lambda x, w: jnp.sum(product(x, w, 1) ** 2), 1))
+    grad = jax.jit(jax.grad(lambda x, w: jnp.sum(product(x, w, 1, dtype) ** 2), 1))
     assert "while(" not in grad.lower(x, w).compile().as_text()
 
 
